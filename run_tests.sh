@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up, then runs the test suite without its slow part: ./run_tests.sh [pytest arguments]; -m slow runs that part.
+set -euo pipefail
+cd "$(dirname "$0")"
+./setup.sh
+# environment processes and torch share the cores: waiting threads must not spin
+OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q -m "not slow" "$@"
