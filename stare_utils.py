@@ -329,8 +329,9 @@ class StageEnv:
 class ProcessEnv(gym.Env):
     """One StageEnv as a process of gymnasium's AsyncVectorEnv wants it: numpy, without the batch axis."""
 
-    def __init__(self, env_id: str, **kwargs):
+    def __init__(self, env_id: str, index: int, **kwargs):
         torch.set_num_threads(1)
+        self.index = index
         self.env = StageEnv(env_id, num_envs=1, backend="cpu", **kwargs)
         obs, _ = self.env.reset()
         self.env.next_seed = [kwargs["seed"]]
@@ -350,6 +351,9 @@ class ProcessEnv(gym.Env):
 
     def expert_action(self) -> np.ndarray:
         return self.env.expert_action()[0].numpy()
+
+    def set_next_seed(self, seeds: list[int]) -> None:
+        self.env.next_seed = [seeds[self.index]]
 
     def close(self):
         self.env.env.close()
@@ -380,7 +384,7 @@ class StageVectorEnv:
 
             set_forkserver_preload(["stare_utils", "mani_skill.envs", "tyro", "tqdm", "torch.utils.tensorboard", "vla", "peft", "imageio"])
             self.envs = gym.vector.AsyncVectorEnv(
-                [lambda i=i: ProcessEnv(env_id, seed=seed + i, **kwargs) for i in range(num_envs)],
+                [lambda i=i: ProcessEnv(env_id, i, seed=seed + i, **kwargs) for i in range(num_envs)],
                 context="forkserver", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
             )  # fmt: skip
             self.single_action_space = self.envs.single_action_space
@@ -415,6 +419,13 @@ class StageVectorEnv:
             infos = {**infos, "final_obs": final_obs, "final_info": final_info}
         return obs, reward, terminated, truncated, {**infos, "_final_info": done}
 
+    def set_next_seeds(self, seeds: list[int]) -> None:
+        """The seeds (N) of the episodes that begin when the present ones end."""
+        if self.backend == "cuda":
+            self.envs.next_seed = list(seeds)
+        else:
+            self.envs.call("set_next_seed", seeds)
+
     def expert_action(self) -> Tensor:
         """(N, A): see StageEnv.expert_action."""
         return self.envs.expert_action() if self.backend == "cuda" else torch.from_numpy(np.stack(self.envs.call("expert_action")))
@@ -439,8 +450,10 @@ def make_envs(
     get_task(env_id)
     if num_envs < 1:
         raise UserError(f"--num-envs must be at least 1, not {num_envs}")
-    if not torch.cuda.is_available() and Path("/usr/share/vulkan/icd.d/lvp_icd.json").exists():
-        os.environ.setdefault("VK_ICD_FILENAMES", "/usr/share/vulkan/icd.d/lvp_icd.json")  # the software driver, where several are installed
+    if not torch.cuda.is_available():
+        for driver in Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"):  # the software driver, where several are installed
+            os.environ.setdefault("VK_ICD_FILENAMES", str(driver))
+        os.environ.setdefault("LP_NUM_THREADS", "0")  # it draws in the process that asks: the env processes are the parallelism
     check_renderer("cuda" if torch.cuda.is_available() else "cpu")
     if backend == "cpu" and not full_meshes:
         light_panda()  # once here, not once in every process

@@ -1,0 +1,272 @@
+"""Evaluation: greedy decoding, full episodes, every episode with its own seed that no training ever sees.
+
+    python eval.py --checkpoint runs/PickCube-v1__sta_ppo__1__...      # table, results.json with a row per episode
+    python eval.py --checkpoint DIR --capture-video                    # and an mp4 grid: stage, Phi and success drawn on the frames
+    python eval.py --compare sft.json sta_ppo.json                     # paired difference of two results on the same seeds
+
+Success is ManiSkill's: `success_once` at any step of the registered horizon, `success_at_end` at its last. The stage funnel is
+P(stage k completed | stage k-1 completed): it says where the episodes are lost.
+Letters: N envs, T steps, K stages, A action dimensions, B batch, D hidden width.
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
+import imageio
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+import vla
+from stare_utils import EVAL_SEED, UserError, make_envs
+
+
+@dataclass
+class Args:
+    checkpoint: str = ""
+    """checkpoint folder (or the run folder that holds it) of any of the three stages"""
+    env_id: str = ""
+    """task; empty: the one that the checkpoint was trained on"""
+    num_eval_episodes: int = 100
+    """episodes, each of the registered horizon; the 95 % interval at 90 % success is +-6 points with 100 episodes and +-3.4 with 300"""
+    seed: int = 0
+    """evaluation seeds are EVAL_SEED + 100000 * seed + episode, disjoint from those of training"""
+    num_envs: int = 8
+    """env processes (CPU) or parallel envs (GPU)"""
+    backend: str = "cpu"
+    """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
+    cuda: bool = True
+    """put the model on the GPU if there is one"""
+    capture_video: bool = False
+    """write video.mp4: a grid of the first 16 episodes as the policy sees them"""
+    full_meshes: bool = False
+    """render the Panda's original visual meshes on the CPU too (4x slower)"""
+    output_dir: str = ""
+    """where results.json and video.mp4 go; empty: the checkpoint's run folder"""
+    method: str = ""
+    """name of the method in the result row; empty: the script that made the checkpoint"""
+    compare: tuple[str, ...] = ()
+    """two results.json: print the paired difference B - A on their common seeds and stop"""
+
+
+def load_policy(checkpoint: str, device: torch.device):
+    """Model, processor and folder of a checkpoint (its folder, or the run folder that holds one). Raises UserError when it is not ours."""
+    folder = Path(checkpoint)
+    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
+    if model_type != "openvla":
+        raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
+        return model, AutoProcessor.from_pretrained(folder), folder
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def task_stats(model, env_id: str) -> dict:
+    """The normalisation statistics (`action`, `proprio`) of a task. Raises UserError when the checkpoint was trained on others."""
+    if env_id not in model.config.norm_stats:
+        raise UserError(f"this checkpoint was trained on {', '.join(model.config.norm_stats) or 'no task'}, not on {env_id}")
+    return model.config.norm_stats[env_id]
+
+
+@torch.no_grad()
+def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False):
+    """One action by autoregressive decoding over the action bins alone, with a key-value cache.
+
+    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
+    Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
+    """
+    config, mask = model.config, inputs["attention_mask"]
+    end, n = config.action_id_end, config.n_action_bins
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    hidden = out.last_hidden_state[:, -1]
+    mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
+    bins, logprob = [], torch.zeros(len(mask), device=mask.device)
+    for is_active in active.tolist():
+        if bins:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            out = model(end - 1 - bins[-1][:, None], mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
+        if is_active:
+            bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
+            logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
+        else:
+            bins.append(torch.full_like(mask[:, 0], n // 2))
+    return torch.stack(bins, -1), logprob, hidden
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a share (Wilson 1927)."""
+    z, p = 1.959964, successes / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def paired_difference(a: list[dict], b: list[dict]) -> dict:
+    """Mean of success_once(b) - success_once(a) over the episodes with the same seed, with a 95 % normal interval."""
+    first = {row["seed"]: row["success_once"] for row in a}
+    diff = np.array([float(row["success_once"]) - float(first[row["seed"]]) for row in b if row["seed"] in first])
+    if len(diff) < 2:
+        raise UserError("the two results share fewer than two seeds: evaluate both with the same --seed and --num-eval-episodes")
+    half = 1.959964 * diff.std(ddof=1) / math.sqrt(len(diff))
+    return {"difference": diff.mean(), "low": diff.mean() - half, "high": diff.mean() + half, "num_episodes": len(diff)}
+
+
+def draw(rgb: torch.Tensor, stage_name: str, potential: float, success: bool) -> np.ndarray:
+    """A frame (H, W, 3) uint8 at twice its size with the stage, Phi and success written on it."""
+    image = Image.fromarray(rgb.cpu().numpy()).resize((2 * rgb.shape[1], 2 * rgb.shape[0]))
+    pen = ImageDraw.Draw(image)
+    pen.rectangle([0, 0, image.width, 14], fill=(0, 110, 0) if success else (0, 0, 0))
+    pen.text((3, 1), f"{stage_name}  Phi {potential:.2f}{'  success' if success else ''}", fill=(255, 255, 255))
+    return np.asarray(image)
+
+
+def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
+    """An mp4 grid (4 columns) of episodes, each a list of T frames; written beside its place and renamed."""
+    columns = min(4, len(episodes))
+    episodes = episodes[: len(episodes) // columns * columns]
+    with imageio.get_writer(path.with_suffix(".tmp.mp4"), fps=10, macro_block_size=None) as writer:
+        for frames in zip(*episodes, strict=True):
+            writer.append_data(np.concatenate([np.concatenate(frames[i : i + columns], 1) for i in range(0, len(frames), columns)], 0))
+    path.with_suffix(".tmp.mp4").rename(path)
+
+
+def evaluate(
+    model, processor, env_id: str, num_episodes: int, seed: int, num_envs: int, *, backend: str = "cpu", full_meshes: bool = False, video: Path | None = None
+) -> dict:
+    """Greedy evaluation on full episodes (no termination, no partial reset).
+
+    Returns `success_once`, `success_at_end`, `stage_reach_rate` (K,) = share of episodes that completed stage k (the last equals
+    success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows with seed, success_once,
+    success_at_end, return, episode_len, furthest_stage, stage_steps. video: where to write an mp4 of the first 16 episodes.
+    """
+    stats, device, was_training = task_stats(model, env_id), next(model.parameters()).device, model.training
+    active = ~vla.constant_dims(stats["action"])
+    envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes)
+    K, names = envs.num_stages, (*envs.task.stages, "done")
+    model.eval()
+    rows, films = [], []
+    progress = tqdm(total=num_episodes, desc="evaluate", unit="episode", disable=None)
+    while len(rows) < num_episodes:
+        first = EVAL_SEED + 100_000 * seed + len(rows)
+        obs, info = envs.reset(seed=list(range(first, first + envs.num_envs)))
+        once, returns = torch.zeros(envs.num_envs, dtype=torch.bool), torch.zeros(envs.num_envs)
+        steps, film = torch.zeros(envs.num_envs, K + 1, dtype=torch.long), [[] for _ in range(envs.num_envs)]
+        for _ in range(envs.task.max_episode_steps):
+            inputs = processor(obs["rgb"], [envs.task.instruction] * envs.num_envs, obs["proprio"], stats.get("proprio"), device)
+            bins, _, _ = sample_action(model, inputs, active, greedy=True)
+            steps += torch.nn.functional.one_hot(info["stage"].cpu(), K + 1)
+            obs, reward, _, truncated, info = envs.step(vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins))
+            last_obs, info = (info["final_obs"], info["final_info"]) if truncated.all() else (obs, info)
+            once, returns = once | info["success"].cpu(), returns + reward.cpu()
+            for i in range(envs.num_envs if video and len(films) < 16 else 0):
+                film[i].append(draw(last_obs["rgb"][i], names[info["stage"][i]], float(info["potential"][i]), bool(info["success"][i])))
+        for i in range(min(envs.num_envs, num_episodes - len(rows))):
+            rows.append({"seed": int(info["seed"][i]), "success_once": bool(once[i]), "success_at_end": bool(info["success"][i]),
+                         "return": float(returns[i]), "episode_len": int(info["elapsed_steps"][i]),
+                         "furthest_stage": int(info["furthest_stage"][i]), "stage_steps": steps[i].tolist()})  # fmt: skip
+            films.append(film[i])
+            progress.update()
+    progress.close()
+    envs.close()
+    model.train(was_training)
+    if video:
+        write_video(video, films[:16])
+    furthest = np.array([row["furthest_stage"] for row in rows])
+    return {
+        "success_once": float(np.mean([row["success_once"] for row in rows])),
+        "success_at_end": float(np.mean([row["success_at_end"] for row in rows])),
+        "stage_reach_rate": [float((furthest > k).mean()) for k in range(K)],
+        "stage_steps": np.mean([row["stage_steps"][:K] for row in rows], 0).tolist(),
+        "episodes": rows,
+    }  # fmt: skip
+
+
+def print_table(result: dict, stages: tuple[str, ...]) -> None:
+    n = len(result["episodes"])
+    for name in ("success_once", "success_at_end"):
+        low, high = wilson(result[name] * n, n)
+        print(f"{name:15s} {100 * result[name]:5.1f} %   95 % interval [{100 * low:.1f}, {100 * high:.1f}]   {n} episodes")
+    print("stage           completed   P(stage | stage before)   mean steps")
+    before = 1.0
+    for name, rate, steps in zip(stages, result["stage_reach_rate"], result["stage_steps"], strict=True):
+        print(f"{name:15s} {100 * rate:7.1f} %   {100 * rate / before if before else math.nan:21.1f} %   {steps:10.1f}")
+        before = rate
+
+
+def read_results(path: str) -> dict:
+    """A results.json of this script. Raises UserError on anything else."""
+    try:
+        return json.loads(Path(path).read_text()) | {"path": path}
+    except (OSError, ValueError):
+        raise UserError(f"cannot read {path}: --compare takes two results.json written by eval.py") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the place and renames, so that no reader ever sees half a file."""
+    path.with_name(path.name + ".tmp").write_text(text)
+    path.with_name(path.name + ".tmp").replace(path)
+
+
+def main(args: Args) -> None:
+    if args.compare:
+        if len(args.compare) != 2:
+            raise UserError("--compare takes two files: eval.py --compare A.json B.json")
+        a, b = (read_results(path) for path in args.compare)
+        difference = paired_difference(a["episodes"], b["episodes"])
+        print("success_once: {difference:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}], {num_episodes} common seeds".format(**difference))
+        return
+    if not args.checkpoint:
+        raise UserError("--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
+    if args.num_eval_episodes < 1:
+        raise UserError(f"--num-eval-episodes must be at least 1, not {args.num_eval_episodes}")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    model, processor, folder = load_policy(args.checkpoint, device)
+    env_id = args.env_id or next(iter(model.config.norm_stats), "")
+    task = stare_utils.get_task(env_id)
+    task_stats(model, env_id)
+    output = Path(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}") from None
+    if not os.access(output, os.W_OK):
+        raise UserError(f"cannot write to {output}: permission denied")
+    start = time.time()
+    video = output / "video.mp4" if args.capture_video else None
+    result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend,
+                      full_meshes=args.full_meshes, video=video)  # fmt: skip
+    trained = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    result = {"method": args.method or trained.get("method", ""), "env_id": env_id, "seed": trained.get("seed"), "num_episodes": args.num_eval_episodes,
+              "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1),
+              "commit": commit, "command": " ".join(["python", *sys.argv]), **result}  # fmt: skip
+    write_text(output / "results.json", json.dumps(result))
+    print_table(result, task.stages)
+    print(f"wrote {output / 'results.json'}" + (f" and {video}" if video else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,354 @@
+"""Imitation, step 1 of IPI: a VLA learns the demonstrations' actions as tokens.
+
+    python sft.py --env-id PickCube-v1                        # makes demonstrations with the scripted expert, then trains
+    python sft.py --env-id PickCube-v1 --demo-path demos.h5   # ManiSkill's own trajectory format; without images it is replayed
+
+loss = -mean over samples of [ sum over active action tokens of log pi(token | image, proprioception, instruction, tokens before) ] / (active tokens)
+(section "SFT" of docs/sft.md; openvla/openvla@c8f03f4 vla-scripts/finetune.py masks everything but the action tokens too).
+Deviations from OpenVLA's recipe: (1) the softmax runs over the 256 action bins, as in STA-TPO, STA-PPO and evaluation; (2) dimensions that
+never vary are left out of the loss; (3) the default model is trained from scratch, all weights.
+Letters: B batch, M frames, A action tokens, D hidden width.
+"""
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
+import h5py
+import numpy as np
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm, trange
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+import vla
+from eval import evaluate
+from stare_utils import TRAIN_SEEDS, ScriptedExpert, UserError, make_envs
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of initialisation, data order and demonstrations"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb`)"""
+    wandb_project_name: str = "stare-vla"
+    """project on Weights & Biases"""
+    output_dir: str = ""
+    """run folder: checkpoint/, TensorBoard files, args.json; empty: runs/{env_id}__sft__{seed}__{time}"""
+    resume: bool = False
+    """go on from the checkpoint in --output-dir, if there is one"""
+
+    vla: str = "tiny"
+    """`tiny` (from scratch), a checkpoint folder, or a hub id"""
+    env_id: str = "PickCube-v1"
+    """task"""
+    num_envs: int = 8
+    """env processes (CPU) or parallel envs (GPU) that make demonstrations and evaluate"""
+    backend: str = "cpu"
+    """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
+
+    demo_path: str = ""
+    """ManiSkill .h5 (its .json beside it); empty: the scripted expert makes `num_demos` demonstrations"""
+    num_demos: int = 400
+    """demonstrations that the expert makes, or the most that are read from --demo-path"""
+    demo_noise: float = 0.3
+    """standard deviation of the noise on the expert's executed motion (action units); the label is the expert's clean action, so the
+    policy sees how to recover (DART, Laskey et al. 2017)"""
+
+    learning_rate: float = 1e-3
+    """peak of the schedule: linear warm-up, then cosine to zero"""
+    warmup_updates: int = 100
+    """optimiser steps of warm-up"""
+    num_updates: int = 3000
+    """optimiser steps; a few hundred learn nothing from scratch"""
+    batch_size: int = 64
+    """frames per optimiser step"""
+    weight_decay: float = 0.01
+    """AdamW"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+
+    save_freq: int = 500
+    """optimiser steps between checkpoints"""
+    num_eval_episodes: int = 16
+    """episodes of the evaluation at the end; 0 leaves it out"""
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the place and renames, so that no reader ever sees half a file."""
+    path.with_name(path.name + ".tmp").write_text(text)
+    path.with_name(path.name + ".tmp").replace(path)
+
+
+def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
+    """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
+    output = Path(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}") from None
+    if not os.access(output, os.W_OK):
+        raise UserError(f"cannot write to {output}: permission denied")
+    if (output / "checkpoint").exists() and not args.resume:
+        raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, name=output.name, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(output)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
+    return output, writer
+
+
+def save_checkpoint(output: Path, model, processor, args: dict, state: dict, value_head=None) -> None:
+    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step, random numbers), value head.
+    The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
+    new, old = output / "checkpoint.new", output / "checkpoint.old"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    processor.save_pretrained(new)
+    write_text(new / "args.json", json.dumps(args, indent=1))
+    if value_head is not None:
+        save_file(value_head.state_dict(), new / "value_head.safetensors")
+    torch.save({**state, "torch_rng": torch.get_rng_state(), "numpy_rng": np.random.get_state()}, new / "training_state.pt")
+    shutil.rmtree(old, ignore_errors=True)
+    if (output / "checkpoint").exists():
+        (output / "checkpoint").rename(old)
+    new.rename(output / "checkpoint")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(output: Path) -> dict | None:
+    """The training state of output/checkpoint with the random numbers put back, or None when there is no checkpoint."""
+    if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
+        (output / "checkpoint.old").rename(output / "checkpoint")
+    if not (output / "checkpoint" / "training_state.pt").exists():
+        return None
+    state = torch.load(output / "checkpoint" / "training_state.pt", weights_only=False)
+    torch.set_rng_state(state["torch_rng"])
+    np.random.set_state(state["numpy_rng"])
+    return state
+
+
+def load_policy(checkpoint: str, device: torch.device):
+    """Model, processor and folder of a checkpoint (its folder, or the run folder that holds one). Raises UserError when it is not ours."""
+    folder = Path(checkpoint)
+    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
+    if model_type != "openvla":
+        raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
+        return model, AutoProcessor.from_pretrained(folder), folder
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
+    """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
+
+    inputs: the processor's; bins: (B, A) long; active: (A,) bool. Returns logprob (B,) fp32 = sum over active tokens,
+    entropy (B,) likewise, hidden (B, D) at the token before the first action token, greedy (B, A) = the most likely bins.
+    """
+    end, n, A = model.config.action_id_end, model.config.n_action_bins, bins.shape[-1]
+    ids = torch.cat([inputs["input_ids"], end - 1 - bins[:, :-1]], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
+    out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
+    logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
+    active = active.to(bins.device)
+    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
+    entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
+    assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action: anything else would broadcast"
+    return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
+
+
+def collect_demos(path: Path, args: Args) -> None:
+    """Runs the scripted expert until `num_demos` episodes have succeeded and writes them as ManiSkill does: `traj_i` groups with
+    `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels); seeds in the .json."""
+    envs = make_envs(args.env_id, args.num_envs, args.seed, backend=args.backend)
+    expert, episodes, kept = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], []
+    rng = np.random.default_rng(args.seed)
+    obs, info = envs.reset(seed=[int(s) for s in rng.integers(TRAIN_SEEDS, size=args.num_envs)])
+    progress = tqdm(total=args.num_demos, desc="demonstrations", unit="episode", disable=None)
+    with h5py.File(path.with_suffix(".tmp"), "w") as file:
+        while len(kept) < args.num_demos:
+            label = expert.act()
+            noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float()
+            noise[:, 3:] = 0  # translation alone: a disturbed gripper drops the object, a disturbed wrist is out of the expert's reach
+            action = (label + noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-1, 1)
+            next_obs, _, _, _, next_info = envs.step(action)
+            for i in range(args.num_envs):
+                episodes[i].append((obs["rgb"][i].cpu(), obs["proprio"][i].cpu(), action[i].cpu(), label[i].cpu()))
+                if next_info["_final_info"][i]:
+                    if next_info["final_info"]["success"][i] and len(kept) < args.num_demos:
+                        rgb, proprio, actions, labels = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
+                        group = file.create_group(f"traj_{len(kept)}")
+                        final = next_info["final_obs"]
+                        group.create_dataset("obs/sensor_data/base_camera/rgb", data=np.concatenate([rgb, final["rgb"][i][None].cpu()]), compression="lzf")
+                        group["obs/proprio"] = np.concatenate([proprio, final["proprio"][i][None].cpu()])
+                        group["actions"], group["expert_actions"] = actions, labels
+                        group["success"] = np.arange(1, len(actions) + 1) == len(actions)
+                        kept.append({"episode_id": len(kept), "episode_seed": int(info["seed"][i]), "control_mode": envs.task.control_mode,
+                                     "elapsed_steps": len(actions), "success": True})  # fmt: skip
+                        progress.update()
+                    episodes[i] = []
+            obs, info = next_obs, next_info
+    progress.close()
+    envs.close()
+    meta = {"env_info": {"env_id": args.env_id, "max_episode_steps": envs.task.max_episode_steps}, "source_type": "scripted", "episodes": kept}
+    write_text(path.with_suffix(".json"), json.dumps(meta))
+    path.with_suffix(".tmp").rename(path)
+
+
+def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Frames (M, H, W, 3) uint8, proprioception (M, 8) and actions (M, A) of the first `num_demos` successful episodes.
+    Raises UserError on a file of another env or control mode, without actions, or without images."""
+    task = stare_utils.get_task(env_id)
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text())
+        file = h5py.File(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} and {path.with_suffix('.json').name} beside it: {error}") from None
+    if meta.get("env_info", {}).get("env_id") != env_id:
+        raise UserError(f"{path} holds {meta.get('env_info', {}).get('env_id')} demonstrations, not {env_id}")
+    frames = []
+    with file:
+        for episode in meta.get("episodes", []):
+            if episode.get("control_mode") != task.control_mode:
+                raise UserError(f"{path} was recorded with control mode {episode.get('control_mode')}; {env_id} needs {task.control_mode}: convert it with "
+                                f"`python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -c {task.control_mode} -o rgb --save-traj`")  # fmt: skip
+            group = file.get(f"traj_{episode['episode_id']}")
+            if group is None or "actions" not in group:
+                raise UserError(f"{path} has no actions for episode {episode['episode_id']}: it is not a ManiSkill trajectory file")
+            if episode.get("success", True) and len(frames) < num_demos:
+                if "obs/proprio" not in group:
+                    raise UserError(f"{path} has no images of our camera: record it with sft.py")
+                frames.append((group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group.get("expert_actions", group["actions"])[:]))
+    if not frames:
+        raise UserError(f"{path} holds no successful episode")
+    return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
+
+
+def demo_stats(actions: torch.Tensor, proprio: torch.Tensor) -> dict:
+    """`norm_stats` of a task. Actions: the controller's bounds [-1, 1] where the demonstrations move at all, else the constant, so that
+    reinforcement learning may leave the demonstrations' range; the percentiles of OpenVLA would clip it to what the expert did."""
+    low, high = actions.amin(0), actions.amax(0)
+    constant = high - low < 1e-3
+    middle = (low + high) / 2
+    return {
+        "action": {"q01": torch.where(constant, middle, -1.0).tolist(), "q99": torch.where(constant, middle, 1.0).tolist(), "mask": [True] * len(low)},
+        "proprio": {"mean": proprio.mean(0).tolist(), "std": proprio.std(0).clamp(min=1e-3).tolist()},
+    }
+
+
+def main(args: Args) -> None:
+    start = time.time()
+    task = stare_utils.get_task(args.env_id)
+    for name in ("num_envs", "num_demos", "num_updates", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    seed_everything(args.seed)
+    output, writer = open_run(args, "sft")
+
+    # Demonstrations
+    path = Path(args.demo_path or output / "demos.h5")
+    if not args.demo_path and not path.exists():
+        collect_demos(path, args)
+    rgb, proprio, actions = read_demos(path, args.env_id, args.num_demos)
+    stats = demo_stats(actions, proprio)
+    active = ~vla.constant_dims(stats["action"])
+    bins = vla.tokenize_actions(actions, stats["action"])
+    print(f"{len(rgb)} frames; action dimensions that vary: {active.nonzero()[:, 0].tolist()}; {(time.time() - start):.0f} s so far")
+
+    # Model
+    state = load_state(output) if args.resume else None
+    if state:
+        model, processor, _ = load_policy(str(output), device)
+    elif args.vla == "tiny":
+        model = vla.OpenVLAForActionPrediction(vla.tiny_config()).to(device)
+        model.init_action_rows()
+        processor = vla.tiny_processor([t.instruction for t in stare_utils.TASKS.values()])
+    else:
+        model, processor, _ = load_policy(args.vla, device)
+    model.config.norm_stats = {**model.config.norm_stats, args.env_id: stats}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    step, history = 0, []
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        step, history, start = state["step"], state["history"], start - state["wall_s"]
+
+    model.train()
+    progress = trange(args.num_updates, initial=step, desc="sft", unit="update", disable=None)
+    while step < args.num_updates:
+        # The step alone decides its batch, so that a resumed run sees the same data
+        index = torch.randint(len(rgb), (args.batch_size,), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+        inputs = processor(rgb[index], [task.instruction] * len(index), proprio[index], stats["proprio"], device)
+        mb_bins = bins[index].to(device)
+        fraction = step / args.num_updates
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / args.warmup_updates, 0.5 * (1 + np.cos(np.pi * fraction)))
+
+        logprob, _, _, greedy = action_logprob(model, inputs, mb_bins, active)
+        loss = -logprob.mean() / active.sum()  # cross-entropy per active token, nats
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        step += 1
+
+        with torch.no_grad():
+            decoded = vla.detokenize_actions(greedy, stats["action"])
+            history.append(torch.stack([loss, (greedy == mb_bins)[:, active].float().mean(), (decoded - actions[index].to(device)).abs()[:, active].mean(), grad_norm]))
+        progress.update()
+        if step % 50 == 0 or step == args.num_updates:
+            ce, accuracy, l1, norm = torch.stack(history).mean(0).tolist()  # the means since the last line
+            history = []
+            progress.set_postfix_str(f"ce {ce:.2f} token accuracy {accuracy:.2f} L1 {l1:.3f}")
+            for key, value in {"losses/ce": ce, "losses/token_accuracy": accuracy, "losses/action_l1": l1, "losses/grad_norm": norm,
+                               "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": step * args.batch_size / (time.time() - start)}.items():  # fmt: skip
+                writer.add_scalar(key, value, step)
+        if step % args.save_freq == 0 or step == args.num_updates:
+            wall = time.time() - start
+            save_checkpoint(output, model, processor, {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)},
+                            {"optimizer": optimizer.state_dict(), "step": step, "history": history, "wall_s": wall})  # fmt: skip
+    progress.close()
+
+    if args.num_eval_episodes:
+        result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
+        for key in ("success_once", "success_at_end"):
+            writer.add_scalar(f"eval/{key}", result[key], step)
+        print(f"success_once {result['success_once']:.3f} over {args.num_eval_episodes} episodes")
+    writer.close()
+    print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

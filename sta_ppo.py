@@ -1,0 +1,496 @@
+"""STA-PPO, step 3 of IPI: PPO on the task itself, with a potential-based reward for progress inside the present stage.
+
+    python sta_ppo.py --env-id PickCube-v1                    # from the newest STA-TPO (else SFT) run of this env, else the shipped checkpoint
+    python sta_ppo.py --env-id PickCube-v1 --reward sparse    # plain PPO, the ablation; --reward dense is ManiSkill's own reward
+
+  r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)),  Phi(s) = k + phi_k(s),  Phi of a terminal state = 0        (the paper's r', Phi in docs/sta_ppo.md)
+  loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 - c_e * entropy
+The ratio is that of the whole action (sum of its tokens' log-probabilities). Deviations from CleanRL's ppo.py and RL4VLA: a truncated episode
+is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once;
+logged losses are means over the update. To add a task edit TASKS in stare_utils.py and nothing here. `grep STARE` shows what differs from PPO.
+Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
+"""
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
+import numpy as np
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+import vla
+from eval import evaluate
+from stare_utils import UserError, make_envs, shape_rewards
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of the episodes, sampling and minibatch order"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb`)"""
+    wandb_project_name: str = "stare-vla"
+    """project on Weights & Biases"""
+    output_dir: str = ""
+    """run folder: checkpoint/, TensorBoard files; empty: runs/{env_id}__sta_ppo__{seed}__{time}"""
+    resume: bool = False
+    """go on from the checkpoint in --output-dir, if there is one"""
+
+    checkpoint: str = ""
+    """policy to start from; empty: the newest sta_tpo.py (else sft.py) run of this env under runs/, else the one shipped with the repository"""
+    env_id: str = "PickCube-v1"
+    """task"""
+    num_envs: int = 8
+    """env processes (CPU) or parallel envs (GPU)"""
+    backend: str = "cpu"
+    """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
+
+    reward: Literal["stare", "sparse", "dense"] = "stare"
+    """stare: success plus shaping by the stage potential; sparse: success alone (plain PPO); dense: ManiSkill's normalized_dense, which pays
+    every step and therefore does not end an episode at success"""
+    shaping_weight: float = -1.0
+    """w; negative: 1 / K, so that w * Phi in [0, 1] is a first guess of the value; 0 equals --reward sparse bit for bit"""
+    potential: Literal["sigmoid", "linear"] = "sigmoid"
+    """form of phi_k: the paper's sigmoid(1 - d / L), rescaled, or max(0, 1 - d / L)"""
+    potential_across_stages: Literal["offset", "bare"] = "offset"
+    """offset: Phi = k + phi_k; bare: the paper's phi_k alone, which falls at each stage switch"""
+    stage_advantage: bool = False
+    """normalise advantages within each stage instead of over the whole buffer"""
+
+    total_timesteps: int = 65536
+    """env steps in all, rounded up to whole updates"""
+    num_steps: int = 64
+    """T: env steps per env between updates. New episodes begin every ceil(horizon / T) updates, so that a resumed run equals an uninterrupted one"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """optimiser steps per epoch; num_envs * num_steps must divide by it"""
+    update_epochs: int = 1
+    """passes over each roll-out"""
+    clip_coef: float = 0.2
+    """eps of the clipped ratio"""
+    ent_coef: float = 0.0
+    """c_e: weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """c_v: weight of the value loss"""
+    target_kl: float | None = None
+    """stop an update's epochs when the mean KL of a minibatch exceeds this"""
+    critic_warmup: int = 2
+    """updates that train the value head alone, because an untrained critic punishes good actions"""
+    learning_rate: float = 1e-4
+    """AdamW, all weights of the VLA"""
+    value_learning_rate: float = 1e-3
+    """AdamW, value head"""
+    anneal_lr: bool = False
+    """lower both learning rates linearly to zero"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+
+    save_freq: int = 10
+    """updates between checkpoints (rounded up to where new episodes begin, see --num-steps)"""
+    eval_freq: int = 0
+    """updates between evaluations; 0: only at the end"""
+    num_eval_episodes: int = 16
+    """episodes of each evaluation; 0 leaves it out"""
+
+    # to be filled in runtime
+    batch_size: int = 0
+    """num_envs * num_steps (computed)"""
+    minibatch_size: int = 0
+    """batch_size / num_minibatches (computed)"""
+    num_iterations: int = 0
+    """total_timesteps / batch_size, rounded up (computed)"""
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the place and renames, so that no reader ever sees half a file."""
+    path.with_name(path.name + ".tmp").write_text(text)
+    path.with_name(path.name + ".tmp").replace(path)
+
+
+def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
+    """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
+    output = Path(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}") from None
+    if not os.access(output, os.W_OK):
+        raise UserError(f"cannot write to {output}: permission denied")
+    if (output / "checkpoint").exists() and not args.resume:
+        raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, name=output.name, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(output)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
+    return output, writer
+
+
+def save_checkpoint(output: Path, model, processor, args: dict, state: dict, value_head=None) -> None:
+    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step, random numbers), value head.
+    The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
+    new, old = output / "checkpoint.new", output / "checkpoint.old"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    processor.save_pretrained(new)
+    write_text(new / "args.json", json.dumps(args, indent=1))
+    if value_head is not None:
+        save_file(value_head.state_dict(), new / "value_head.safetensors")
+    torch.save({**state, "torch_rng": torch.get_rng_state(), "numpy_rng": np.random.get_state()}, new / "training_state.pt")
+    shutil.rmtree(old, ignore_errors=True)
+    if (output / "checkpoint").exists():
+        (output / "checkpoint").rename(old)
+    new.rename(output / "checkpoint")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(output: Path) -> dict | None:
+    """The training state of output/checkpoint with the random numbers put back, or None when there is no checkpoint."""
+    if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
+        (output / "checkpoint.old").rename(output / "checkpoint")
+    if not (output / "checkpoint" / "training_state.pt").exists():
+        return None
+    state = torch.load(output / "checkpoint" / "training_state.pt", weights_only=False)
+    torch.set_rng_state(state["torch_rng"])
+    np.random.set_state(state["numpy_rng"])
+    return state
+
+
+def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
+    """The newest checkpoint of the first of `scripts` that has run on this env, else the one shipped with the repository."""
+    root = Path(__file__).parent
+    for script in scripts:
+        if found := sorted(Path("runs").glob(f"{env_id}__{script}__*/checkpoint"), key=lambda folder: folder.stat().st_mtime):
+            return str(found[-1])
+    if (root / "checkpoints" / f"{env_id}__sft").is_dir():
+        return str(root / "checkpoints" / f"{env_id}__sft")
+    raise UserError(f"no checkpoint for {env_id}: run `python sft.py --env-id {env_id}` first, or give --checkpoint")
+
+
+def load_policy(checkpoint: str, device: torch.device):
+    """Model, processor and folder of a checkpoint (its folder, or the run folder that holds one). Raises UserError when it is not ours."""
+    folder = Path(checkpoint)
+    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
+    if model_type != "openvla":
+        raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
+        return model, AutoProcessor.from_pretrained(folder), folder
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def task_stats(model, env_id: str) -> dict:
+    """The normalisation statistics (`action`, `proprio`) of a task. Raises UserError when the checkpoint was trained on others."""
+    if env_id not in model.config.norm_stats:
+        raise UserError(f"this checkpoint was trained on {', '.join(model.config.norm_stats) or 'no task'}, not on {env_id}")
+    return model.config.norm_stats[env_id]
+
+
+@torch.no_grad()
+def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False):
+    """One action by autoregressive decoding over the action bins alone, with a key-value cache.
+
+    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
+    Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
+    """
+    config, mask = model.config, inputs["attention_mask"]
+    end, n = config.action_id_end, config.n_action_bins
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    hidden = out.last_hidden_state[:, -1]
+    mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
+    bins, logprob = [], torch.zeros(len(mask), device=mask.device)
+    for is_active in active.tolist():
+        if bins:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            out = model(end - 1 - bins[-1][:, None], mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
+        if is_active:
+            bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
+            logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
+        else:
+            bins.append(torch.full_like(mask[:, 0], n // 2))
+    return torch.stack(bins, -1), logprob, hidden
+
+
+def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
+    """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
+
+    inputs: the processor's; bins: (B, A) long; active: (A,) bool. Returns logprob (B,) fp32 = sum over active tokens,
+    entropy (B,) likewise, hidden (B, D) at the token before the first action token, greedy (B, A) = the most likely bins.
+    """
+    end, n, A = model.config.action_id_end, model.config.n_action_bins, bins.shape[-1]
+    ids = torch.cat([inputs["input_ids"], end - 1 - bins[:, :-1]], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
+    out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
+    logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
+    active = active.to(bins.device)
+    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
+    entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
+    assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action: anything else would broadcast"
+    return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
+
+
+class ValueHead(nn.Module):
+    """V(s) from the hidden state that predicts the first action token, (B, D) -> (B,). The last layer starts at zero: V = 0 everywhere."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, 1))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layers(hidden.float())[:, 0]
+
+
+def compute_gae(
+    rewards: torch.Tensor, values: torch.Tensor, next_values: torch.Tensor, terminated: torch.Tensor, done: torch.Tensor, gamma: float, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016). All (T, N); terminated, done bool, done = terminated or truncated.
+
+    next_values[t] is V of the true next state (of the final observation at an episode's end): a termination has no future, a truncation
+    has one, and neither lets the next episode's advantage through. Returns advantages, returns = advantages + values.
+    """
+    assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape, "shapes differ: this would broadcast"
+    deltas = rewards + gamma * next_values * ~terminated - values  # (T, N)
+    advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        last = deltas[t] + gamma * gae_lambda * ~done[t] * last
+        advantages[t] = last
+    return advantages, advantages + values
+
+
+def normalize(advantages: torch.Tensor, stages: torch.Tensor | None) -> torch.Tensor:
+    """(B,) advantages to mean 0, deviation 1: over the buffer, or within each stage label when `stages` (B,) is given."""
+    if stages is None:
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    out = torch.zeros_like(advantages)
+    for k in stages.unique():
+        if (mine := stages == k).sum() > 1:
+            out[mine] = normalize(advantages[mine], None)
+    return out
+
+
+def main(args: Args) -> None:
+    start = time.time()
+    task = stare_utils.get_task(args.env_id)
+    for name in ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "save_freq"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    args.batch_size = args.num_envs * args.num_steps
+    if args.batch_size % args.num_minibatches:
+        raise UserError(f"num_envs * num_steps = {args.batch_size} does not divide by --num-minibatches {args.num_minibatches}")
+    args.minibatch_size = args.batch_size // args.num_minibatches
+    args.num_iterations = -(-args.total_timesteps // args.batch_size)
+    fresh = -(-task.max_episode_steps // args.num_steps)  # updates between fresh starts of all episodes
+    K = len(task.stages)
+    # STARE: w = 1 / K keeps w * Phi in [0, 1], the range of the value itself, so success never looks like a punishment to a fresh critic
+    weight = {"stare": 1 / K if args.shaping_weight < 0 else args.shaping_weight, "sparse": 0.0, "dense": 0.0}[args.reward]
+    if weight > 1 / K and args.critic_warmup == 0:
+        print(f"warning: --shaping-weight {weight} > 1 / K = {1 / K}: reaching the goal looks like a loss to an untrained critic; add --critic-warmup")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    source = args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
+    state = load_state(Path(args.output_dir)) if args.resume and args.output_dir else None
+    model, processor, source = load_policy(args.output_dir if state else source, device)
+    stats = task_stats(model, args.env_id)
+    active = ~vla.constant_dims(stats["action"])
+    seed_everything(args.seed)
+    output, writer = open_run(args, "sta_ppo")
+    value_head = ValueHead(model.config.text_config.hidden_size).to(device)
+    optimizer = torch.optim.AdamW(
+        [{"params": model.parameters(), "lr": args.learning_rate}, {"params": value_head.parameters(), "lr": args.value_learning_rate}],
+        betas=(0.9, 0.95), weight_decay=0.0, fused=True,
+    )  # fmt: skip
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    iteration = 0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        value_head.load_state_dict(load_file(source / "value_head.safetensors"))
+        iteration, start = state["iteration"], start - state["wall_s"]
+    print(f"{args.num_iterations} updates of {args.batch_size} steps in {args.num_minibatches} minibatches of {args.minibatch_size}; start: {source}")
+
+    envs = make_envs(
+        args.env_id, args.num_envs, args.seed, terminate_on_success=args.reward != "dense", backend=args.backend,
+        reward="dense" if args.reward == "dense" else "sparse", potential=args.potential, potential_across_stages=args.potential_across_stages,
+    )  # fmt: skip
+
+    def policy_inputs(obs: dict) -> dict:
+        return processor(obs["rgb"], [task.instruction] * len(obs["rgb"]), obs["proprio"], stats.get("proprio"), device)
+
+    @torch.no_grad()
+    def value_of(obs: dict) -> torch.Tensor:
+        """V (N,) of observations, from a pass over the prompt alone."""
+        return value_head(model(**policy_inputs(obs), logits_to_keep=1).last_hidden_state[:, -1])
+
+    # ALGO LOGIC: storage, (T, N, ...)
+    T, N, A = args.num_steps, args.num_envs, len(active)
+    next_obs, _ = envs.reset(seed=args.seed)
+    obs = {name: torch.zeros(T, *value.shape, dtype=value.dtype) for name, value in next_obs.items()}
+    bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
+    stages = torch.zeros(T, N, dtype=torch.long, device=device)
+    logprobs, env_rewards, potentials, next_potentials, values, next_values = (torch.zeros(T, N, device=device) for _ in range(6))
+    terminated, done = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(2))
+
+    recent = []  # (success, unshaped return, length, furthest stage) of the last 100 training episodes
+    progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step", disable=None)
+    while iteration < args.num_iterations:
+        # The iteration alone decides its random numbers and episodes: whoever resumes here goes on exactly as if never stopped
+        torch.manual_seed(args.seed * 1_000_003 + iteration)
+        if iteration % fresh == 0:
+            next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + iteration * N) % stare_utils.TRAIN_SEEDS)
+            episode_return = torch.zeros(N)
+        if args.anneal_lr:
+            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = rate * (1 - iteration / args.num_iterations)
+
+        # TRY NOT TO MODIFY: roll-out
+        time_rollout = time.time()
+        model.eval()
+        for t in range(T):
+            for name, value in next_obs.items():
+                obs[name][t] = value
+            stages[t], potentials[t] = next_info["stage"].to(device), next_info["potential"].to(device)
+            bins[t], logprobs[t], hidden = sample_action(model, policy_inputs(next_obs), active)
+            with torch.no_grad():
+                values[t] = value_head(hidden)
+            next_obs, reward, term, trunc, next_info = envs.step(vla.detokenize_actions(bins[t], stats["action"], model.config.n_action_bins))
+            env_rewards[t], terminated[t], done[t] = reward.to(device), term.to(device), (term | trunc).to(device)
+            # The true next state: at an episode's end `next_info` is already the new episode's
+            next_potentials[t] = next_info["potential"].to(device)
+            episode_return += reward.cpu()
+            if next_info["_final_info"].any():
+                ended, final = next_info["_final_info"].cpu(), next_info["final_info"]
+                next_potentials[t, ended] = final["potential"].to(device)[ended]
+                next_values[t, ended] = value_of({name: value[ended] for name, value in next_info["final_obs"].items()})
+                for i in ended.nonzero()[:, 0].tolist():
+                    recent.append([float(final["success"][i]), float(episode_return[i]), float(final["elapsed_steps"][i]), int(final["furthest_stage"][i])])
+                episode_return[ended] = 0
+        recent = recent[-100:]
+        # V of the true next state: the next row's value, the bootstrap after the last row, V(final_obs) (set above) at an episode's end
+        following = torch.cat([values[1:], value_of(next_obs)[None]])
+        next_values = torch.where(done, next_values, following)
+
+        # STARE: the stage reward enters here; w = 0 leaves plain PPO
+        rewards = shape_rewards(env_rewards, potentials, next_potentials, terminated, args.gamma, weight) if weight else env_rewards
+        advantages, returns = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
+        time_update = time.time()
+
+        # flatten the batch
+        b_obs = {name: value.flatten(0, 1) for name, value in obs.items()}
+        b_bins, b_logprobs, b_returns, b_stages = bins.flatten(0, 1), logprobs.flatten(), returns.flatten(), stages.flatten()
+        # STARE: --stage-advantage normalises within the stage in which the action was taken
+        b_advantages = normalize(advantages.flatten(), b_stages if args.stage_advantage else None)
+
+        # Optimizing the policy and value network
+        history = []  # a row per minibatch
+        warmup = iteration < args.critic_warmup
+        for _ in range(args.update_epochs):
+            for mb in torch.randperm(args.batch_size).split(args.minibatch_size):
+                inputs = policy_inputs({name: value[mb] for name, value in b_obs.items()})
+                mb_idx = mb.to(device)
+                newlogprob, entropy, hidden, _ = action_logprob(model, inputs, b_bins[mb_idx], active)
+                newvalue = value_head(hidden.detach() if warmup else hidden)
+                logratio = newlogprob - b_logprobs[mb_idx]
+                ratio = logratio.exp()  # (B,): one ratio per action
+                mb_advantages = b_advantages[mb_idx]
+                assert ratio.shape == mb_advantages.shape == newvalue.shape == b_returns[mb_idx].shape == (args.minibatch_size,)
+
+                # Policy loss
+                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
+                # Value loss
+                v_loss = 0.5 * (newvalue - b_returns[mb_idx]).square().mean()
+                loss = args.vf_coef * v_loss if warmup else pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_([*model.parameters(), *value_head.parameters()], args.max_grad_norm)
+                optimizer.step()
+                with torch.no_grad():  # http://joschu.net/blog/kl-approx.html: the second is unbiased and never negative
+                    history.append(torch.stack([pg_loss, v_loss, entropy.mean(), (-logratio).mean(), (ratio - 1 - logratio).mean(),
+                                                ((ratio - 1).abs() > args.clip_coef).float().mean(), grad_norm, ratio.mean(), logratio.abs().max()]))  # fmt: skip
+            if args.target_kl is not None and history[-1][4] > args.target_kl:
+                break
+        iteration += 1
+
+        # TRY NOT TO MODIFY: record, means over the update's minibatches
+        global_step = iteration * args.batch_size
+        first, mean = history[0], torch.stack(history).mean(0).tolist()
+        names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
+        scalars = {f"losses/{name}": value for name, value in zip(names, mean, strict=False)}
+        now = time.time()
+        scalars |= {
+            "losses/first_ratio": first[7].item(), "losses/rollout_update_logprob_gap": first[8].item(),
+            "losses/explained_variance": 1 - ((returns - values).var() / returns.var().clamp(min=1e-8)).item(), "losses/advantage_std": advantages.std().item(),
+            "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / (now - time_rollout),
+            "charts/shaped_reward": rewards.mean().item(), "time/rollout": time_update - time_rollout, "time/update": now - time_update,
+        }  # fmt: skip
+        if recent:
+            success, episodic_return, length, furthest = np.mean(recent, 0)
+            scalars |= {"charts/success_once": success, "charts/episodic_return": episodic_return, "charts/episodic_length": length,
+                        "charts/furthest_stage": furthest}  # fmt: skip
+            scalars |= {f"stage/{k}_{name}_reached": float(np.mean([row[3] > k for row in recent])) for k, name in enumerate(task.stages)}
+        progress.update(args.batch_size)
+        if args.eval_freq and iteration % args.eval_freq == 0 and args.num_eval_episodes and iteration < args.num_iterations:
+            result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
+            scalars |= {"eval/success_once": result["success_once"], "eval/success_at_end": result["success_at_end"]}
+        for key, value in scalars.items():
+            writer.add_scalar(key, value, global_step)
+        print(f"step {global_step}: success {scalars.get('charts/success_once', 0):.2f} length {scalars.get('charts/episodic_length', 0):.1f} "
+              f"kl {scalars['losses/approx_kl']:.4f} clip {scalars['losses/clipfrac']:.2f} ev {scalars['losses/explained_variance']:.2f} "
+              f"entropy {scalars['losses/entropy']:.1f} SPS {scalars['charts/SPS']:.0f}", flush=True)  # fmt: skip
+        if iteration % (-(-args.save_freq // fresh) * fresh) == 0 or iteration == args.num_iterations:
+            wall = time.time() - start
+            method = {"stare": "STA-PPO", "sparse": "PPO", "dense": "PPO-dense"}[args.reward]
+            save_checkpoint(output, model, processor, {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step,
+                            "wall_s": round(wall, 1)}, {"optimizer": optimizer.state_dict(), "iteration": iteration, "wall_s": wall}, value_head)  # fmt: skip
+    progress.close()
+    envs.close()
+
+    if args.num_eval_episodes:
+        result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
+        for key in ("success_once", "success_at_end"):
+            writer.add_scalar(f"eval/{key}", result[key], iteration * args.batch_size)
+        print(f"success_once {result['success_once']:.3f} over {args.num_eval_episodes} episodes")
+    writer.close()
+    print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,486 @@
+"""STA-TPO, step 2 of IPI: stage-wise preferences between roll-outs of the imitated policy that began in the same state.
+
+    python sta_tpo.py --env-id PickCube-v1                    # from the newest sft.py run of this env, else the shipped checkpoint
+    python sta_tpo.py --env-id PickCube-v1 --no-stage-aware   # plain TPO: whole trajectories, the ablation
+
+  q(tau_k)  = mean over the steps of segment k of [ log pi(a_t|s_t) - log pi_ref(a_t|s_t) ]
+  q^(tau_k) = q(tau_k) - lambda * l_k(tau_k)                      l_k: mean stage distance / L_k
+  loss      = -mean over pairs of log sigmoid( beta * (q^(chosen) - q^(rejected)) )
+A pair exists for stage k only if both roll-outs finished stage k - 1; the winner finished stage k or, when both did, was cheaper by a margin.
+Deviations from the paper and choices where it is silent: docs/sta_tpo.md. The reference policy is the checkpoint itself, as cached fp32
+log-probabilities. GRAPE (aiming-lab/GRAPE@89986c7) sums over 8-step windows that may belong to different episodes; nothing of that is here.
+Letters: R roll-outs, T steps, K stages, P pairs, S steps of all pairs in a batch, A action tokens, B chunk of steps, N envs, D hidden width.
+"""
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+import vla
+from eval import evaluate
+from stare_utils import TRAIN_SEEDS, UserError, make_envs, segment_stages, stage_costs
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of the roll-outs' initial states, sampling and pair order"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb`)"""
+    wandb_project_name: str = "stare-vla"
+    """project on Weights & Biases"""
+    output_dir: str = ""
+    """run folder: checkpoint/, TensorBoard files, roll-outs; empty: runs/{env_id}__sta_tpo__{seed}__{time}"""
+    resume: bool = False
+    """go on from the checkpoint (and the finished roll-outs) in --output-dir, if there are any"""
+
+    checkpoint: str = ""
+    """policy to start from, also the reference; empty: the newest sft.py run of this env under runs/, else the one shipped with the repository"""
+    env_id: str = "PickCube-v1"
+    """task"""
+    num_envs: int = 8
+    """env processes (CPU) or parallel envs (GPU) for roll-outs and evaluation"""
+    backend: str = "cpu"
+    """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
+
+    num_initial_states: int = 64
+    """different initial states"""
+    rollouts_per_state: int = 8
+    """sampled roll-outs from each of them; pairs never mix initial states"""
+
+    stage_aware: bool = True
+    """pairs and q per stage (STA-TPO); off: one pair per two trajectories, whole-trajectory q (plain TPO)"""
+    tpo_reduction: Literal["mean", "sum"] = "mean"
+    """q is the mean over a segment's steps (the notes on the paper) or the sum (GRAPE); with sum choose a smaller beta"""
+    beta: float = 1.0
+    """inverse temperature of the preference; raising it trusts each pair less far from the reference"""
+    cost_coef: float = 0.1
+    """lambda: weight of the stage cost in q^ (costs are in units of L_k)"""
+    cost_sign: Literal[-1, 1] = -1
+    """-1 is the paper's q - lambda * l; 1 turns the cost into a margin that the policy must exceed"""
+    cost_margin: float = 0.1
+    """when both roll-outs finished a stage, the cheaper one wins only by this margin (in units of L_k)"""
+    max_pairs_per_stage: int = 6
+    """at most this many pairs per initial state and stage, completions first, so that easy stages do not drown the others"""
+
+    learning_rate: float = 1e-4
+    """AdamW, constant"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    num_epochs: int = 1
+    """passes over the pairs"""
+    batch_size: int = 64
+    """pairs per optimiser step"""
+    chunk_size: int = 128
+    """steps per forward and backward pass: bounds the memory whatever the segments' lengths, changes no result"""
+
+    save_freq: int = 20
+    """optimiser steps between checkpoints"""
+    num_eval_episodes: int = 16
+    """episodes of the evaluation at the end; 0 leaves it out"""
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the place and renames, so that no reader ever sees half a file."""
+    path.with_name(path.name + ".tmp").write_text(text)
+    path.with_name(path.name + ".tmp").replace(path)
+
+
+def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
+    """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
+    output = Path(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}") from None
+    if not os.access(output, os.W_OK):
+        raise UserError(f"cannot write to {output}: permission denied")
+    if (output / "checkpoint").exists() and not args.resume:
+        raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, name=output.name, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(output)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
+    return output, writer
+
+
+def save_checkpoint(output: Path, model, processor, args: dict, state: dict, value_head=None) -> None:
+    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step, random numbers), value head.
+    The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
+    new, old = output / "checkpoint.new", output / "checkpoint.old"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    processor.save_pretrained(new)
+    write_text(new / "args.json", json.dumps(args, indent=1))
+    if value_head is not None:
+        save_file(value_head.state_dict(), new / "value_head.safetensors")
+    torch.save({**state, "torch_rng": torch.get_rng_state(), "numpy_rng": np.random.get_state()}, new / "training_state.pt")
+    shutil.rmtree(old, ignore_errors=True)
+    if (output / "checkpoint").exists():
+        (output / "checkpoint").rename(old)
+    new.rename(output / "checkpoint")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(output: Path) -> dict | None:
+    """The training state of output/checkpoint with the random numbers put back, or None when there is no checkpoint."""
+    if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
+        (output / "checkpoint.old").rename(output / "checkpoint")
+    if not (output / "checkpoint" / "training_state.pt").exists():
+        return None
+    state = torch.load(output / "checkpoint" / "training_state.pt", weights_only=False)
+    torch.set_rng_state(state["torch_rng"])
+    np.random.set_state(state["numpy_rng"])
+    return state
+
+
+def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
+    """The newest checkpoint of the first of `scripts` that has run on this env, else the one shipped with the repository."""
+    root = Path(__file__).parent
+    for script in scripts:
+        if found := sorted(Path("runs").glob(f"{env_id}__{script}__*/checkpoint"), key=lambda folder: folder.stat().st_mtime):
+            return str(found[-1])
+    if (root / "checkpoints" / f"{env_id}__sft").is_dir():
+        return str(root / "checkpoints" / f"{env_id}__sft")
+    raise UserError(f"no checkpoint for {env_id}: run `python sft.py --env-id {env_id}` first, or give --checkpoint")
+
+
+def load_policy(checkpoint: str, device: torch.device):
+    """Model, processor and folder of a checkpoint (its folder, or the run folder that holds one). Raises UserError when it is not ours."""
+    folder = Path(checkpoint)
+    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
+    if model_type != "openvla":
+        raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
+        return model, AutoProcessor.from_pretrained(folder), folder
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def task_stats(model, env_id: str) -> dict:
+    """The normalisation statistics (`action`, `proprio`) of a task. Raises UserError when the checkpoint was trained on others."""
+    if env_id not in model.config.norm_stats:
+        raise UserError(f"this checkpoint was trained on {', '.join(model.config.norm_stats) or 'no task'}, not on {env_id}")
+    return model.config.norm_stats[env_id]
+
+
+@torch.no_grad()
+def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False):
+    """One action by autoregressive decoding over the action bins alone, with a key-value cache.
+
+    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
+    Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
+    """
+    config, mask = model.config, inputs["attention_mask"]
+    end, n = config.action_id_end, config.n_action_bins
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    hidden = out.last_hidden_state[:, -1]
+    mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
+    bins, logprob = [], torch.zeros(len(mask), device=mask.device)
+    for is_active in active.tolist():
+        if bins:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            out = model(end - 1 - bins[-1][:, None], mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
+        if is_active:
+            bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
+            logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
+        else:
+            bins.append(torch.full_like(mask[:, 0], n // 2))
+    return torch.stack(bins, -1), logprob, hidden
+
+
+def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
+    """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
+
+    inputs: the processor's; bins: (B, A) long; active: (A,) bool. Returns logprob (B,) fp32 = sum over active tokens,
+    entropy (B,) likewise, hidden (B, D) at the token before the first action token, greedy (B, A) = the most likely bins.
+    """
+    end, n, A = model.config.action_id_end, model.config.n_action_bins, bins.shape[-1]
+    ids = torch.cat([inputs["input_ids"], end - 1 - bins[:, :-1]], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
+    out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
+    logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
+    active = active.to(bins.device)
+    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
+    entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
+    assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action: anything else would broadcast"
+    return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
+
+
+def sta_tpo_loss(
+    q_chosen: torch.Tensor, q_rejected: torch.Tensor, cost_chosen: torch.Tensor, cost_rejected: torch.Tensor, beta: float, cost_coef: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss = -log sigmoid(beta * (q^+ - q^-)), q^ = q - cost_coef * cost. All (P,); returns loss per pair, chosen and rejected reward beta * q^."""
+    assert q_chosen.shape == q_rejected.shape == cost_chosen.shape == cost_rejected.shape, "shapes differ: this would broadcast"
+    chosen_rewards = beta * (q_chosen - cost_coef * cost_chosen)
+    rejected_rewards = beta * (q_rejected - cost_coef * cost_rejected)
+    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+
+
+def build_stage_pairs(
+    rollouts: list[dict], num_stages: int | None = None, cost_margin: float = 0.1, max_pairs_per_stage: int = 10**9, stage_aware: bool = True
+) -> list[dict]:
+    """Preference pairs between roll-outs of the same initial state.
+
+    rollouts: dicts with `init_seed` int, `stage` (T,) labels 0..K of the states acted in, `distance` (T,) stage distance (any unit, here d / L_k),
+    `success` bool. Returns dicts `stage`, `chosen`, `rejected` (indices into rollouts), `reason` "completed" (the winner finished the stage,
+    the loser did not) or "cost" (both did, the winner's mean distance is lower by `cost_margin`), `cost_chosen`, `cost_rejected`.
+    stage_aware=False: the whole trajectory is one stage, finished by success.
+    """
+    K = num_stages or int(max(torch.as_tensor(r["stage"]).max() for r in rollouts)) + 1
+    groups, segments, costs, finished = {}, [], [], []
+    for i, rollout in enumerate(rollouts):
+        groups.setdefault(rollout["init_seed"], []).append(i)
+        stage = torch.as_tensor(rollout["stage"])
+        segments.append(segment_stages(stage, K) if stage_aware else torch.zeros_like(stage))
+        costs.append(stage_costs(torch.as_tensor(rollout["distance"]).double(), segments[i], K).tolist())
+        finished.append((K if rollout["success"] else min(int(stage.max()), K - 1)) if stage_aware else int(rollout["success"]))  # stages behind it
+    pairs = []
+    for group in groups.values():
+        for k in range(K if stage_aware else 1):
+            candidates = []
+            for i, j in combinations(group, 2):
+                if min(finished[i], finished[j]) < k or math.isnan(costs[i][k]) or math.isnan(costs[j][k]):
+                    continue  # one of them never got here, or skipped the stage
+                done_i, done_j = finished[i] > k, finished[j] > k
+                if done_i != done_j:
+                    chosen, rejected, reason = (i, j, "completed") if done_i else (j, i, "completed")
+                elif done_i and abs(costs[i][k] - costs[j][k]) > cost_margin:
+                    chosen, rejected, reason = (i, j, "cost") if costs[i][k] < costs[j][k] else (j, i, "cost")
+                else:
+                    continue
+                candidates.append({"stage": k, "chosen": chosen, "rejected": rejected, "reason": reason,
+                                   "cost_chosen": costs[chosen][k], "cost_rejected": costs[rejected][k]})  # fmt: skip
+            # completions first; then the widest gaps in cost
+            candidates.sort(key=lambda pair: (pair["reason"] != "completed", pair["cost_chosen"] - pair["cost_rejected"]))
+            pairs += candidates[:max_pairs_per_stage]
+    return pairs
+
+
+def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats: dict, args: Args) -> None:
+    """Samples `rollouts_per_state` episodes from each initial state and writes each as an .npz of its own, so that a stopped run goes on
+    where it was. Envs take the next episode as soon as they are free."""
+    rng = np.random.default_rng(args.seed)
+    states = rng.choice(TRAIN_SEEDS, args.num_initial_states, replace=False)
+    folder.mkdir(exist_ok=True)
+    todo = [(int(s), r) for s in states for r in range(args.rollouts_per_state) if not (folder / f"{s}_{r}.npz").exists()]
+    progress = tqdm(total=len(states) * args.rollouts_per_state, initial=len(states) * args.rollouts_per_state - len(todo), desc="roll-outs", disable=None)
+    if not todo:
+        return
+    device, N = next(model.parameters()).device, min(args.num_envs, len(todo))
+    envs = make_envs(args.env_id, N, 0, backend=args.backend)
+    lengths = torch.tensor([stage.length for stage in envs.task.stage_table] + [1.0])
+    queue, current = iter(todo), []
+    current = [next(queue) for _ in range(N)]
+    obs, info = envs.reset(seed=[s for s, _ in current])
+    ahead = [next(queue, None) for _ in range(N)]  # what each env plays after its present episode
+    envs.set_next_seeds([job[0] if job else 0 for job in ahead])
+    episodes = [[] for _ in range(N)]
+    while any(current):
+        inputs = processor(obs["rgb"], [envs.task.instruction] * N, obs["proprio"], stats.get("proprio"), device)
+        bins, _, _ = sample_action(model, inputs, active)
+        next_obs, _, _, _, next_info = envs.step(vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins))
+        distance = info["stage_distance"].cpu() / lengths[info["stage"].cpu()]
+        for i in range(N):
+            episodes[i].append((obs["rgb"][i].cpu(), obs["proprio"][i].cpu(), bins[i].cpu(), info["stage"][i].cpu(), distance[i]))
+            if next_info["_final_info"][i]:
+                if current[i]:
+                    rgb, proprio, steps, stage, gap = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
+                    name = f"{current[i][0]}_{current[i][1]}.npz"
+                    np.savez(folder / f"tmp_{name}", rgb=rgb, proprio=proprio, bins=steps, stage=stage, distance=gap, init_seed=current[i][0],
+                             success=bool(next_info["final_info"]["success"][i]))  # fmt: skip
+                    (folder / f"tmp_{name}").rename(folder / name)
+                    progress.update()
+                current[i], ahead[i], episodes[i] = ahead[i], next(queue, None), []
+        if next_info["_final_info"].any():
+            envs.set_next_seeds([job[0] if job else 0 for job in ahead])
+        obs, info = next_obs, next_info
+    progress.close()
+    envs.close()
+
+
+def read_rollouts(folder: Path) -> list[dict]:
+    """The roll-outs of a folder in the order of their names, as dicts of tensors."""
+    rollouts = []
+    for file in sorted(folder.glob("[0-9]*.npz")):
+        with np.load(file) as data:
+            rollout = {name: torch.from_numpy(data[name]) for name in ("rgb", "proprio", "bins", "stage", "distance")}
+            rollouts.append({**rollout, "init_seed": int(data["init_seed"]), "success": bool(data["success"])})
+    return rollouts
+
+
+def print_pairs(pairs: list[dict], rollouts: list[dict], stages: tuple[str, ...]) -> None:
+    """How many pairs each stage has and why; the gap of the entry distance shows how far the start states of later segments differ."""
+    print(f"{len(rollouts)} roll-outs, {np.mean([r['success'] for r in rollouts]):.3f} successful, {sum(len(r['stage']) for r in rollouts)} env steps")
+    print("stage           pairs   completed   cost   entry gap (L_k)")
+    for k, name in enumerate(stages):
+        mine = [pair for pair in pairs if pair["stage"] == k]
+        entry = lambda i, k=k: rollouts[i]["distance"][segment_stages(rollouts[i]["stage"], len(stages)) == k][:1]  # noqa: E731
+        gaps = [float((entry(pair["chosen"]) - entry(pair["rejected"])).abs().sum()) for pair in mine]
+        completed = sum(pair["reason"] == "completed" for pair in mine)
+        print(f"{name:15s} {len(mine):5d} {completed:11d} {len(mine) - completed:6d} {np.mean(gaps) if gaps else 0:17.2f}")
+
+
+def main(args: Args) -> None:
+    start = time.time()
+    task = stare_utils.get_task(args.env_id)
+    for name in ("num_envs", "num_initial_states", "num_epochs", "batch_size", "chunk_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.rollouts_per_state < 2:
+        raise UserError(f"--rollouts-per-state must be at least 2 to make pairs, not {args.rollouts_per_state}")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    source = args.checkpoint or find_checkpoint(args.env_id, ("sft",))
+    model, processor, source = load_policy(source, device)
+    stats = task_stats(model, args.env_id)
+    active = ~vla.constant_dims(stats["action"])
+    seed_everything(args.seed)
+    output, writer = open_run(args, "sta_tpo")
+
+    # Roll-outs of the reference policy, and pairs
+    collect_rollouts(output / "rollouts", model, processor, active, stats, args)
+    rollouts = read_rollouts(output / "rollouts")
+    env_steps = sum(len(rollout["stage"]) for rollout in rollouts)
+    stages = task.stages if args.stage_aware else ("trajectory",)
+    K = len(task.stages)
+    pairs = build_stage_pairs(rollouts, K, args.cost_margin, args.max_pairs_per_stage, args.stage_aware)
+    if not pairs:
+        raise UserError("no pair: every roll-out ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a policy that sometimes succeeds")
+    print_pairs(pairs, rollouts, stages)
+
+    # Steps of the pairs in one flat list; `where[rollout, stage]` are the places of a segment's steps in it
+    where, flat, used = {}, {name: [] for name in ("rgb", "proprio", "bins")}, 0
+    for i, k in sorted({(pair[side], pair["stage"]) for pair in pairs for side in ("chosen", "rejected")}):
+        segment = segment_stages(rollouts[i]["stage"], K) if args.stage_aware else torch.zeros_like(rollouts[i]["stage"])
+        rows = (segment == k).nonzero()[:, 0]
+        where[i, k] = torch.arange(used, used + len(rows))
+        used += len(rows)
+        for name, values in flat.items():
+            values.append(rollouts[i][name][rows])
+    rgb, proprio, bins = (torch.cat(values) for values in flat.values())
+    del rollouts, flat
+
+    def logprobs(steps: torch.Tensor) -> torch.Tensor:
+        """Log-probability (B,) fp32 of the actions taken at these steps (B,)."""
+        inputs = processor(rgb[steps], [task.instruction] * len(steps), proprio[steps], stats.get("proprio"), device)
+        return action_logprob(model, inputs, bins[steps].to(device), active)[0]
+
+    with torch.no_grad():  # the reference is the policy before its first step
+        ref_logprobs = torch.cat([logprobs(steps).cpu() for steps in tqdm(torch.arange(used).split(args.chunk_size), desc="reference", disable=None)])
+    state = load_state(output) if args.resume else None
+    if state:
+        model, processor, _ = load_policy(str(output), device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    updates_per_epoch = math.ceil(len(pairs) / args.batch_size)
+    step = 0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        step, start = state["step"], start - state["wall_s"]
+
+    progress = tqdm(total=args.num_epochs * updates_per_epoch, initial=step, desc="sta_tpo", unit="update", disable=None)
+    while step < args.num_epochs * updates_per_epoch:
+        epoch, batch = divmod(step, updates_per_epoch)
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
+        mb_pairs = [pairs[p] for p in order[batch * args.batch_size : (batch + 1) * args.batch_size].tolist()]
+        segments = [where[pair[side], pair["stage"]] for side in ("chosen", "rejected") for pair in mb_pairs]  # 2P, chosen first
+        mb_steps, place = torch.cat(segments).unique(return_inverse=True)  # a step that many pairs share is computed once
+        owner = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor([len(s) for s in segments]))
+        lengths = torch.bincount(owner).double()
+        share = 1 / lengths[owner] if args.tpo_reduction == "mean" else torch.ones(len(owner), dtype=torch.double)  # d q / d log pi(a_t|s_t)
+
+        # Pass 1, no graph: q of every segment and the loss's derivative by it
+        with torch.no_grad():
+            new_logprobs = torch.cat([logprobs(steps).cpu() for steps in mb_steps.split(args.chunk_size)])
+        logratio = (new_logprobs - ref_logprobs[mb_steps]).double()  # (S,)
+        q = torch.zeros(len(segments), dtype=torch.double).index_add(0, owner, share * logratio[place]).requires_grad_()  # (2P,)
+        q_chosen, q_rejected = q.chunk(2)
+        cost_chosen, cost_rejected = (torch.tensor([pair[f"cost_{side}"] for pair in mb_pairs]).double() for side in ("chosen", "rejected"))
+        losses, chosen_rewards, rejected_rewards = sta_tpo_loss(q_chosen, q_rejected, cost_chosen, cost_rejected, args.beta, -args.cost_sign * args.cost_coef)
+        losses.mean().backward()
+
+        # Pass 2, a chunk at a time: d loss / d theta = sum over steps of weight_t * d log pi(a_t|s_t) / d theta, exact because nothing
+        # changed since pass 1 (no dropout, no optimiser step); a step's weight sums over all pairs that share it
+        weight = torch.zeros(len(mb_steps), dtype=torch.double).index_add(0, place, share * q.grad[owner]).float().to(device)
+        optimizer.zero_grad()
+        for steps, w in zip(mb_steps.split(args.chunk_size), weight.split(args.chunk_size), strict=True):
+            (w * logprobs(steps)).sum().backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        step += 1
+
+        margins = (chosen_rewards - rejected_rewards).detach()
+        segment_logp = torch.zeros(len(segments), dtype=torch.double).index_add(0, owner, new_logprobs.double()[place] / lengths[owner])
+        scalars = {
+            "losses/tpo_loss": losses.mean().item(), "losses/grad_norm": grad_norm.item(), "charts/learning_rate": args.learning_rate,
+            "rewards/chosen": chosen_rewards.mean().item(), "rewards/rejected": rejected_rewards.mean().item(), "rewards/margins": margins.mean().item(),
+            "rewards/accuracies": (margins > 0).double().mean().item(),
+            "logps/chosen": segment_logp[: len(mb_pairs)].mean().item(), "logps/rejected": segment_logp[len(mb_pairs) :].mean().item(),
+        }  # fmt: skip
+        for k, name in enumerate(stages):
+            mine = torch.tensor([pair["stage"] == k for pair in mb_pairs])
+            if mine.any():
+                scalars[f"stage/{k}_{name}_margin"] = margins[mine].mean().item()
+        for key, value in scalars.items():
+            writer.add_scalar(key, value, step)
+        progress.update()
+        progress.set_postfix_str(f"loss {scalars['losses/tpo_loss']:.3f} accuracy {scalars['rewards/accuracies']:.2f}")
+        if step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch:
+            wall = time.time() - start
+            save_checkpoint(output, model, processor, {**asdict(args), "checkpoint": str(source), "method": "STA-TPO" if args.stage_aware else "TPO",
+                            "env_steps": env_steps, "wall_s": round(wall, 1)}, {"optimizer": optimizer.state_dict(), "step": step, "wall_s": wall})  # fmt: skip
+            print(f"update {step}: loss {scalars['losses/tpo_loss']:.4f} margin {scalars['rewards/margins']:+.3f} accuracy {scalars['rewards/accuracies']:.2f}")
+    progress.close()
+
+    if args.num_eval_episodes:
+        result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
+        for key in ("success_once", "success_at_end"):
+            writer.add_scalar(f"eval/{key}", result[key], step)
+        print(f"success_once {result['success_once']:.3f} over {args.num_eval_episodes} episodes")
+    writer.close()
+    print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
