@@ -57,7 +57,7 @@ class Args:
     method: str = ""
     """name of the method in the result row; empty: the script that made the checkpoint"""
     compare: tuple[str, ...] = ()
-    """two results.json: print the paired difference B - A on their common seeds and stop"""
+    """results.json files: print one table with the paired difference of each to the one before on their common seeds, and stop"""
 
 
 def load_policy(checkpoint: str, device: torch.device):
@@ -200,24 +200,29 @@ def evaluate(
     }  # fmt: skip
 
 
-def print_table(result: dict, stages: tuple[str, ...]) -> None:
-    n = len(result["episodes"])
-    for name in ("success_once", "success_at_end"):
-        low, high = wilson(result[name] * n, n)
-        print(f"{name:15s} {100 * result[name]:5.1f} %   95 % interval [{100 * low:.1f}, {100 * high:.1f}]   {n} episodes")
-    print("stage           completed   P(stage | stage before)   mean steps")
-    before = 1.0
-    for name, rate, steps in zip(stages, result["stage_reach_rate"], result["stage_steps"], strict=True):
-        print(f"{name:15s} {100 * rate:7.1f} %   {100 * rate / before if before else math.nan:21.1f} %   {steps:10.1f}")
-        before = rate
+def print_table(results: list[dict]) -> None:
+    """A row per result: success with its interval, where the episodes are lost, and the paired difference to the row before."""
+    stages = stare_utils.get_task(results[0]["env_id"]).stages
+    print(f"{'method':10s} {'success_once [95 %]':>22s} {'at_end':>7s}   " + " ".join(f"{name:>9s}" for name in stages) + "   difference to the row above [95 %]")
+    for before, result in zip([None, *results], results, strict=False):
+        n = len(result["episodes"])
+        low, high = wilson(result["success_once"] * n, n)
+        funnel = [rate / last if last else math.nan for last, rate in zip([1, *result["stage_reach_rate"]], result["stage_reach_rate"], strict=False)]
+        line = f"{result['method']:10s} {100 * result['success_once']:6.1f} % [{100 * low:4.1f}, {100 * high:5.1f}] {100 * result['success_at_end']:5.1f} %   "
+        line += " ".join(f"{100 * p:7.1f} %" for p in funnel)
+        if before:
+            line += "   {difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**paired_difference(before["episodes"], result["episodes"]))
+        print(line)
+    print(f"{n} greedy episodes each; a stage's column is P(stage completed | stage before completed)")
 
 
 def read_results(path: str) -> dict:
     """A results.json of this script. Raises UserError on anything else."""
     try:
-        return json.loads(Path(path).read_text()) | {"path": path}
-    except (OSError, ValueError):
-        raise UserError(f"cannot read {path}: --compare takes two results.json written by eval.py") from None
+        result = json.loads(Path(path).read_text())
+        return {name: result[name] for name in ("method", "env_id", "success_once", "success_at_end", "stage_reach_rate", "episodes")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"cannot read {path}: --compare takes results.json files written by eval.py") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -228,12 +233,7 @@ def write_text(path: Path, text: str) -> None:
 
 def main(args: Args) -> None:
     if args.compare:
-        if len(args.compare) != 2:
-            raise UserError("--compare takes two files: eval.py --compare A.json B.json")
-        a, b = (read_results(path) for path in args.compare)
-        difference = paired_difference(a["episodes"], b["episodes"])
-        print("success_once: {difference:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}], {num_episodes} common seeds".format(**difference))
-        return
+        return print_table([read_results(path) for path in args.compare])
     if not args.checkpoint:
         raise UserError("--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
     if args.num_eval_episodes < 1:
@@ -241,7 +241,7 @@ def main(args: Args) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     model, processor, folder = load_policy(args.checkpoint, device)
     env_id = args.env_id or next(iter(model.config.norm_stats), "")
-    task = stare_utils.get_task(env_id)
+    stare_utils.get_task(env_id)
     task_stats(model, env_id)
     output = Path(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
     try:
@@ -260,7 +260,7 @@ def main(args: Args) -> None:
               "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1),
               "commit": commit, "command": " ".join(["python", *sys.argv]), **result}  # fmt: skip
     write_text(output / "results.json", json.dumps(result))
-    print_table(result, task.stages)
+    print_table([result])
     print(f"wrote {output / 'results.json'}" + (f" and {video}" if video else ""))
 
 

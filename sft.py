@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 import torch
 import tyro
+from mani_skill.trajectory import utils as trajectory_utils
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
@@ -225,31 +226,38 @@ def collect_demos(path: Path, args: Args) -> None:
 
 
 def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Frames (M, H, W, 3) uint8, proprioception (M, 8) and actions (M, A) of the first `num_demos` successful episodes.
-    Raises UserError on a file of another env or control mode, without actions, or without images."""
-    task = stare_utils.get_task(env_id)
+    """Frames (M, H, W, 3) uint8, proprioception (M, 8) and actions (M, A) of the first `num_demos` successful episodes of a ManiSkill .h5.
+    Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera.
+    Raises UserError on a file of another env or control mode, without actions or without states."""
+    mode = stare_utils.get_task(env_id).control_mode
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
         file = h5py.File(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} and {path.with_suffix('.json').name} beside it: {error}") from None
+        raise UserError(f"cannot read {path} with {path.with_suffix('.json').name} beside it: {str(error).splitlines()[0]}") from None
     if meta.get("env_info", {}).get("env_id") != env_id:
         raise UserError(f"{path} holds {meta.get('env_info', {}).get('env_id')} demonstrations, not {env_id}")
-    frames = []
-    with file:
-        for episode in meta.get("episodes", []):
-            if episode.get("control_mode") != task.control_mode:
-                raise UserError(f"{path} was recorded with control mode {episode.get('control_mode')}; {env_id} needs {task.control_mode}: convert it with "
-                                f"`python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -c {task.control_mode} -o rgb --save-traj`")  # fmt: skip
-            group = file.get(f"traj_{episode['episode_id']}")
-            if group is None or "actions" not in group:
-                raise UserError(f"{path} has no actions for episode {episode['episode_id']}: it is not a ManiSkill trajectory file")
-            if episode.get("success", True) and len(frames) < num_demos:
-                if "obs/proprio" not in group:
-                    raise UserError(f"{path} has no images of our camera: record it with sft.py")
-                frames.append((group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group.get("expert_actions", group["actions"])[:]))
-    if not frames:
+    episodes = [episode for episode in meta.get("episodes", []) if episode.get("success", True)][:num_demos]
+    if not episodes:
         raise UserError(f"{path} holds no successful episode")
+    frames, env = [], None
+    with file:
+        for episode in tqdm(episodes, desc="read demonstrations", unit="episode", disable=None):
+            group = file.get(f"traj_{episode['episode_id']}", {})
+            if "actions" not in group:
+                raise UserError(f"{path} has no actions for episode {episode['episode_id']}: it is not a ManiSkill trajectory file")
+            if episode.get("control_mode") != mode:
+                raise UserError(f"{path} has control mode {episode.get('control_mode')}, {env_id} needs {mode}: convert it with "
+                                f"`python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -c {mode} --save-traj`")  # fmt: skip
+            if "obs/proprio" in group:
+                rgb, proprio = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1]
+            elif "env_states" in group:
+                env = env or stare_utils.make_single_env(env_id)
+                states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[: len(group["actions"])]
+                rgb, proprio = (np.concatenate(x) for x in zip(*(env.observe_state(state).values() for state in states), strict=True))
+            else:
+                raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
+            frames.append((rgb, proprio, group.get("expert_actions", group["actions"])[:]))
     return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
 
 
@@ -322,14 +330,16 @@ def main(args: Args) -> None:
 
         with torch.no_grad():
             decoded = vla.detokenize_actions(greedy, stats["action"])
-            history.append(torch.stack([loss, (greedy == mb_bins)[:, active].float().mean(), (decoded - actions[index].to(device)).abs()[:, active].mean(), grad_norm]))
+            l1 = (decoded - actions[index].to(device)).abs()[:, active].mean()
+            history.append(torch.stack([loss, (greedy == mb_bins)[:, active].float().mean(), l1, grad_norm]))
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
             ce, accuracy, l1, norm = torch.stack(history).mean(0).tolist()  # the means since the last line
             history = []
             progress.set_postfix_str(f"ce {ce:.2f} token accuracy {accuracy:.2f} L1 {l1:.3f}")
-            for key, value in {"losses/ce": ce, "losses/token_accuracy": accuracy, "losses/action_l1": l1, "losses/grad_norm": norm,
-                               "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": step * args.batch_size / (time.time() - start)}.items():  # fmt: skip
+            scalars = {"losses/ce": ce, "losses/token_accuracy": accuracy, "losses/action_l1": l1, "losses/grad_norm": norm,
+                       "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": step * args.batch_size / (time.time() - start)}  # fmt: skip
+            for key, value in scalars.items():
                 writer.add_scalar(key, value, step)
         if step % args.save_freq == 0 or step == args.num_updates:
             wall = time.time() - start

@@ -230,19 +230,6 @@ def light_panda() -> str:
     return str(cache / "panda_v2.urdf")
 
 
-def check_renderer(backend: str) -> None:
-    """Raises UserError when SAPIEN cannot render, with what to do about it."""
-    import sapien
-
-    try:
-        sapien.render.RenderSystem(backend)
-    except RuntimeError as error:
-        raise UserError(
-            f"no Vulkan renderer ({str(error).strip().splitlines()[-1]}). Run ./setup.sh, or: apt-get install mesa-vulkan-drivers libvulkan1"
-            " (Debian 12: from bookworm-backports)"
-        ) from None
-
-
 class StageEnv:
     """A ManiSkill env with stage signals: batched tensors in and out, no automatic reset.
 
@@ -250,9 +237,12 @@ class StageEnv:
     """
 
     def __init__(
-        self, env_id: str, num_envs: int, backend: str, seed: int, terminate_on_success: bool, max_episode_steps: int | None, reward: str,
-        potential: str, potential_across_stages: str, stock_camera: bool, full_meshes: bool,
+        self, env_id: str, num_envs: int, backend: str, seed: int, terminate_on_success: bool = True, full_meshes: bool = False,
+        max_episode_steps: int | None = None, reward: str = "sparse", potential: str = "sigmoid", potential_across_stages: str = "offset",
+        stock_camera: bool = False,
     ):  # fmt: skip
+        """reward: "sparse" is 1 on a success step and else 0; "dense" is ManiSkill's normalized_dense. potential, potential_across_stages: see
+        stage_potential and stage_signals. max_episode_steps: None is the registered horizon. stock_camera: the env's own view."""
         import mani_skill.envs  # noqa: F401  registers the env ids
         from mani_skill.agents.robots.panda import Panda
         from mani_skill.utils import sapien_utils
@@ -264,7 +254,8 @@ class StageEnv:
         eye, target, fov = self.task.camera
         pose = sapien_utils.look_at(eye, target)
         self.env = gym.make(
-            env_id, num_envs=num_envs, obs_mode="rgb", control_mode=self.task.control_mode, reward_mode="normalized_dense" if reward == "dense" else "sparse",
+            env_id, num_envs=num_envs, obs_mode="rgb", control_mode=self.task.control_mode,
+            reward_mode="normalized_dense" if reward == "dense" else "sparse",
             sim_backend=f"physx_{backend}", render_backend="cpu" if backend == "cpu" and not torch.cuda.is_available() else "gpu",
             max_episode_steps=max_episode_steps or self.task.max_episode_steps, sensor_configs={} if stock_camera else {"pose": pose, "fov": fov},
         )  # fmt: skip
@@ -300,6 +291,11 @@ class StageEnv:
         terminated = torch.as_tensor(terminated) & self.terminate_on_success
         self.state = self.task.observe(self.base)
         return self.observation(obs), reward, terminated, torch.as_tensor(truncated), self.infos(info)
+
+    def observe_state(self, state: dict) -> State:
+        """The observation of a recorded ManiSkill state, which replaces the present one (batch 1)."""
+        self.base.set_state_dict(state)
+        return self.observation(self.base.get_obs())
 
     def observation(self, obs: dict) -> State:
         (camera,) = obs["sensor_data"].values()
@@ -438,30 +434,45 @@ class StageVectorEnv:
         return {name: torch.from_numpy(np.array(value)) for name, value in batch.items() if name[0] != "_" and not name.startswith("final_")}
 
 
-def make_envs(
-    env_id: str, num_envs: int, seed: int, terminate_on_success: bool = True, *, backend: str = "cpu", max_episode_steps: int | None = None,
-    reward: str = "sparse", potential: str = "sigmoid", potential_across_stages: str = "offset", stock_camera: bool = False, full_meshes: bool = False,
-) -> StageVectorEnv:  # fmt: skip
-    """Vectorised envs of a task. backend: "cpu" (one process per env) or "cuda" (ManiSkill's GPU simulation).
+def prepare_renderer(full_meshes: bool) -> None:
+    """Chooses the software driver where there is no GPU, makes the light meshes once, and raises UserError when SAPIEN cannot render."""
+    import sapien
 
-    reward: "sparse" is 1 on a success step and else 0; "dense" is ManiSkill's normalized_dense. potential: "sigmoid" or "linear";
-    potential_across_stages: "offset" or "bare" (see stage_signals). Raises UserError on an unknown env id, no renderer, num_envs < 1.
-    """
-    get_task(env_id)
-    if num_envs < 1:
-        raise UserError(f"--num-envs must be at least 1, not {num_envs}")
     if not torch.cuda.is_available():
         for driver in Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"):  # the software driver, where several are installed
             os.environ.setdefault("VK_ICD_FILENAMES", str(driver))
         os.environ.setdefault("LP_NUM_THREADS", "0")  # it draws in the process that asks: the env processes are the parallelism
-    check_renderer("cuda" if torch.cuda.is_available() else "cpu")
-    if backend == "cpu" and not full_meshes:
+    try:
+        sapien.render.RenderSystem("cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise UserError(
+            f"no Vulkan renderer ({str(error).strip().splitlines()[-1]}). Run ./setup.sh, or: apt-get install mesa-vulkan-drivers libvulkan1"
+            " (Debian 12: from bookworm-backports)"
+        ) from None
+    if not full_meshes:
         light_panda()  # once here, not once in every process
-    kwargs = dict(
-        terminate_on_success=terminate_on_success, max_episode_steps=max_episode_steps, reward=reward, potential=potential,
-        potential_across_stages=potential_across_stages, stock_camera=stock_camera, full_meshes=full_meshes,
-    )  # fmt: skip
-    return StageVectorEnv(env_id, num_envs, backend, seed, kwargs)
+
+
+def make_envs(
+    env_id: str, num_envs: int, seed: int, terminate_on_success: bool = True, *, backend: str = "cpu", full_meshes: bool = False, **kwargs
+) -> StageVectorEnv:
+    """Vectorised envs of a task. backend: "cpu" (one process per env) or "cuda" (ManiSkill's GPU simulation); kwargs: of StageEnv.
+
+    Raises UserError on an unknown env id, num_envs < 1, or when there is no renderer.
+    """
+    get_task(env_id)
+    if num_envs < 1:
+        raise UserError(f"--num-envs must be at least 1, not {num_envs}")
+    prepare_renderer(full_meshes)
+    return StageVectorEnv(env_id, num_envs, backend, seed, {"terminate_on_success": terminate_on_success, "full_meshes": full_meshes, **kwargs})
+
+
+def make_single_env(env_id: str) -> StageEnv:
+    """One StageEnv in this process, for looking at recorded states."""
+    prepare_renderer(full_meshes=False)
+    env = StageEnv(env_id, 1, "cpu", 0)
+    env.reset()
+    return env
 
 
 class ScriptedExpert:

@@ -332,8 +332,6 @@ class OpenVLAProcessor(ProcessorMixin):
     """Prompt, image and proprioception -> the model's inputs."""
 
     attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor=None, tokenizer=None, prompt="In: What action should the robot take to {instruction}?\nOut: ", **kwargs):
         self.prompt, self.text_cache = prompt, {}
