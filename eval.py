@@ -100,16 +100,18 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     hidden = out.last_hidden_state[:, -1]
     mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
     bins, logprob = [], torch.zeros(len(mask), device=mask.device)
-    for is_active in active.tolist():
-        if bins:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            out = model(end - 1 - bins[-1][:, None], mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
-        if is_active:
-            bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
-            logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
-        else:
+    fed = 0  # action tokens that the model has seen
+    for a, is_active in enumerate(active.tolist()):
+        if not is_active:
             bins.append(torch.full_like(mask[:, 0], n // 2))
+            continue
+        if a > fed:
+            tokens, fed = end - 1 - torch.stack(bins[fed:], -1), a
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+            out = model(tokens, mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
+        bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
+        logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
     return torch.stack(bins, -1), logprob, hidden
 
 
@@ -203,7 +205,8 @@ def evaluate(
 def print_table(results: list[dict]) -> None:
     """A row per result: success with its interval, where the episodes are lost, and the paired difference to the row before."""
     stages = stare_utils.get_task(results[0]["env_id"]).stages
-    print(f"{'method':10s} {'success_once [95 %]':>22s} {'at_end':>7s}   " + " ".join(f"{name:>9s}" for name in stages) + "   difference to the row above [95 %]")
+    columns = " ".join(f"{name:>9s}" for name in stages)
+    print(f"{'method':10s} {'success_once [95 %]':>22s} {'at_end':>7s}   {columns}   difference to the row above [95 %]")
     for before, result in zip([None, *results], results, strict=False):
         n = len(result["episodes"])
         low, high = wilson(result["success_once"] * n, n)

@@ -22,6 +22,7 @@ import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort:
 import h5py
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from mani_skill.trajectory import utils as trajectory_utils
 from safetensors import SafetensorError
@@ -33,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
-from stare_utils import TRAIN_SEEDS, ScriptedExpert, UserError, make_envs
+from stare_utils import EE_STEP, TRAIN_SEEDS, ScriptedExpert, UserError, make_envs
 
 
 @dataclass
@@ -80,6 +81,10 @@ class Args:
     """AdamW"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
+
+    aux_coef: float = 1.0
+    """weight of the auxiliary loss: the hidden state that predicts the first action token also tells where object and goal are (from the
+    simulator's state, demonstrations only). The tiny model learns to see with it; 0 leaves pure cross-entropy"""
 
     save_freq: int = 500
     """optimiser steps between checkpoints"""
@@ -189,7 +194,7 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
 
 def collect_demos(path: Path, args: Args) -> None:
     """Runs the scripted expert until `num_demos` episodes have succeeded and writes them as ManiSkill does: `traj_i` groups with
-    `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels); seeds in the .json."""
+    `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels) and `geometry` (T x 6)."""
     envs = make_envs(args.env_id, args.num_envs, args.seed, backend=args.backend)
     expert, episodes, kept = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], []
     rng = np.random.default_rng(args.seed)
@@ -203,15 +208,16 @@ def collect_demos(path: Path, args: Args) -> None:
             action = (label + noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-1, 1)
             next_obs, _, _, _, next_info = envs.step(action)
             for i in range(args.num_envs):
-                episodes[i].append((obs["rgb"][i].cpu(), obs["proprio"][i].cpu(), action[i].cpu(), label[i].cpu()))
+                episodes[i].append((obs["rgb"][i].cpu(), obs["proprio"][i].cpu(), action[i].cpu(), label[i].cpu(), info["geometry"][i].cpu()))
                 if next_info["_final_info"][i]:
                     if next_info["final_info"]["success"][i] and len(kept) < args.num_demos:
-                        rgb, proprio, actions, labels = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
+                        rgb, proprio, actions, labels, where = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
                         group = file.create_group(f"traj_{len(kept)}")
                         final = next_info["final_obs"]
-                        group.create_dataset("obs/sensor_data/base_camera/rgb", data=np.concatenate([rgb, final["rgb"][i][None].cpu()]), compression="lzf")
+                        rgb = np.concatenate([rgb, final["rgb"][i][None].cpu()])
+                        group.create_dataset("obs/sensor_data/base_camera/rgb", data=rgb, compression="lzf")
                         group["obs/proprio"] = np.concatenate([proprio, final["proprio"][i][None].cpu()])
-                        group["actions"], group["expert_actions"] = actions, labels
+                        group["actions"], group["expert_actions"], group["geometry"] = actions, labels, where
                         group["success"] = np.arange(1, len(actions) + 1) == len(actions)
                         kept.append({"episode_id": len(kept), "episode_seed": int(info["seed"][i]), "control_mode": envs.task.control_mode,
                                      "elapsed_steps": len(actions), "success": True})  # fmt: skip
@@ -225,8 +231,8 @@ def collect_demos(path: Path, args: Args) -> None:
     path.with_suffix(".tmp").rename(path)
 
 
-def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Frames (M, H, W, 3) uint8, proprioception (M, 8) and actions (M, A) of the first `num_demos` successful episodes of a ManiSkill .h5.
+def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A) and geometry (M, 6) of the first `num_demos` successful episodes of a ManiSkill .h5.
     Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera.
     Raises UserError on a file of another env or control mode, without actions or without states."""
     mode = stare_utils.get_task(env_id).control_mode
@@ -250,14 +256,14 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, t
                 raise UserError(f"{path} has control mode {episode.get('control_mode')}, {env_id} needs {mode}: convert it with "
                                 f"`python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -c {mode} --save-traj`")  # fmt: skip
             if "obs/proprio" in group:
-                rgb, proprio = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1]
+                rgb, proprio, where = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group["geometry"][:]
             elif "env_states" in group:
                 env = env or stare_utils.make_single_env(env_id)
                 states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[: len(group["actions"])]
-                rgb, proprio = (np.concatenate(x) for x in zip(*(env.observe_state(state).values() for state in states), strict=True))
+                rgb, proprio, where = (np.concatenate(x) for x in zip(*(env.observe_state(state).values() for state in states), strict=True))
             else:
                 raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
-            frames.append((rgb, proprio, group.get("expert_actions", group["actions"])[:]))
+            frames.append((rgb, proprio, group.get("expert_actions", group["actions"])[:], where))
     return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
 
 
@@ -287,7 +293,7 @@ def main(args: Args) -> None:
     path = Path(args.demo_path or output / "demos.h5")
     if not args.demo_path and not path.exists():
         collect_demos(path, args)
-    rgb, proprio, actions = read_demos(path, args.env_id, args.num_demos)
+    rgb, proprio, actions, where = read_demos(path, args.env_id, args.num_demos)
     stats = demo_stats(actions, proprio)
     active = ~vla.constant_dims(stats["action"])
     bins = vla.tokenize_actions(actions, stats["action"])
@@ -304,10 +310,14 @@ def main(args: Args) -> None:
     else:
         model, processor, _ = load_policy(args.vla, device)
     model.config.norm_stats = {**model.config.norm_stats, args.env_id: stats}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    aux_head = torch.nn.Linear(model.config.text_config.hidden_size, where.shape[-1]).to(device)
+    optimizer = torch.optim.AdamW(
+        [*model.parameters(), *aux_head.parameters()], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+    )
     step, history = 0, []
     if state:
         optimizer.load_state_dict(state["optimizer"])
+        aux_head.load_state_dict(state["aux_head"])
         step, history, start = state["step"], state["history"], start - state["wall_s"]
 
     model.train()
@@ -320,8 +330,10 @@ def main(args: Args) -> None:
         fraction = step / args.num_updates
         optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / args.warmup_updates, 0.5 * (1 + np.cos(np.pi * fraction)))
 
-        logprob, _, _, greedy = action_logprob(model, inputs, mb_bins, active)
-        loss = -logprob.mean() / active.sum()  # cross-entropy per active token, nats
+        logprob, _, hidden, greedy = action_logprob(model, inputs, mb_bins, active)
+        ce = -logprob.mean() / active.sum()  # cross-entropy per active token, nats
+        aux_loss = F.smooth_l1_loss(aux_head(hidden.float()), where[index].to(device) / EE_STEP)  # in units of one env step's motion
+        loss = ce + args.aux_coef * aux_loss
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -331,20 +343,22 @@ def main(args: Args) -> None:
         with torch.no_grad():
             decoded = vla.detokenize_actions(greedy, stats["action"])
             l1 = (decoded - actions[index].to(device)).abs()[:, active].mean()
-            history.append(torch.stack([loss, (greedy == mb_bins)[:, active].float().mean(), l1, grad_norm]))
+            history.append(torch.stack([ce, aux_loss, (greedy == mb_bins)[:, active].float().mean(), l1, grad_norm]))
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
-            ce, accuracy, l1, norm = torch.stack(history).mean(0).tolist()  # the means since the last line
+            ce, aux, accuracy, l1, norm = torch.stack(history).mean(0).tolist()  # the means since the last line
             history = []
             progress.set_postfix_str(f"ce {ce:.2f} token accuracy {accuracy:.2f} L1 {l1:.3f}")
-            scalars = {"losses/ce": ce, "losses/token_accuracy": accuracy, "losses/action_l1": l1, "losses/grad_norm": norm,
+            if step % 500 == 0:
+                print(f"update {step}: ce {ce:.3f} aux {aux:.4f} accuracy {accuracy:.3f} L1 {l1:.4f}, {time.time() - start:.0f} s", flush=True)
+            scalars = {"losses/ce": ce, "losses/aux": aux, "losses/token_accuracy": accuracy, "losses/action_l1": l1, "losses/grad_norm": norm,
                        "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": step * args.batch_size / (time.time() - start)}  # fmt: skip
             for key, value in scalars.items():
                 writer.add_scalar(key, value, step)
         if step % args.save_freq == 0 or step == args.num_updates:
             wall = time.time() - start
-            save_checkpoint(output, model, processor, {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)},
-                            {"optimizer": optimizer.state_dict(), "step": step, "history": history, "wall_s": wall})  # fmt: skip
+            state = {"optimizer": optimizer.state_dict(), "aux_head": aux_head.state_dict(), "step": step, "history": history, "wall_s": wall}
+            save_checkpoint(output, model, processor, {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}, state)
     progress.close()
 
     if args.num_eval_episodes:

@@ -233,16 +233,18 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     hidden = out.last_hidden_state[:, -1]
     mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
     bins, logprob = [], torch.zeros(len(mask), device=mask.device)
-    for is_active in active.tolist():
-        if bins:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            out = model(end - 1 - bins[-1][:, None], mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
-        if is_active:
-            bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
-            logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
-        else:
+    fed = 0  # action tokens that the model has seen
+    for a, is_active in enumerate(active.tolist()):
+        if not is_active:
             bins.append(torch.full_like(mask[:, 0], n // 2))
+            continue
+        if a > fed:
+            tokens, fed = end - 1 - torch.stack(bins[fed:], -1), a
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+            out = model(tokens, mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
+        bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
+        logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
     return torch.stack(bins, -1), logprob, hidden
 
 
@@ -439,8 +441,9 @@ def main(args: Args) -> None:
                 grad_norm = nn.utils.clip_grad_norm_([*model.parameters(), *value_head.parameters()], args.max_grad_norm)
                 optimizer.step()
                 with torch.no_grad():  # http://joschu.net/blog/kl-approx.html: the second is unbiased and never negative
-                    history.append(torch.stack([pg_loss, v_loss, entropy.mean(), (-logratio).mean(), (ratio - 1 - logratio).mean(),
-                                                ((ratio - 1).abs() > args.clip_coef).float().mean(), grad_norm, ratio.mean(), logratio.abs().max()]))  # fmt: skip
+                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                    history.append(torch.stack([pg_loss, v_loss, entropy.mean(), (-logratio).mean(), (ratio - 1 - logratio).mean(), clipfrac,
+                                                grad_norm, ratio.mean(), logratio.abs().max()]))  # fmt: skip
             if args.target_kl is not None and history[-1][4] > args.target_kl:
                 break
         iteration += 1

@@ -214,16 +214,18 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     hidden = out.last_hidden_state[:, -1]
     mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
     bins, logprob = [], torch.zeros(len(mask), device=mask.device)
-    for is_active in active.tolist():
-        if bins:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            out = model(end - 1 - bins[-1][:, None], mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
-        if is_active:
-            bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
-            logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
-        else:
+    fed = 0  # action tokens that the model has seen
+    for a, is_active in enumerate(active.tolist()):
+        if not is_active:
             bins.append(torch.full_like(mask[:, 0], n // 2))
+            continue
+        if a > fed:
+            tokens, fed = end - 1 - torch.stack(bins[fed:], -1), a
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+            out = model(tokens, mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
+        bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
+        logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
     return torch.stack(bins, -1), logprob, hidden
 
 
@@ -383,7 +385,7 @@ def main(args: Args) -> None:
     K = len(task.stages)
     pairs = build_stage_pairs(rollouts, K, args.cost_margin, args.max_pairs_per_stage, args.stage_aware)
     if not pairs:
-        raise UserError("no pair: every roll-out ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a policy that sometimes succeeds")
+        raise UserError("no pair: all roll-outs ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a better policy")
     print_pairs(pairs, rollouts, stages)
 
     # Steps of the pairs in one flat list; `where[rollout, stage]` are the places of a segment's steps in it

@@ -111,6 +111,11 @@ def moved(s: State) -> Tensor:
     return norm(s["object"] - s["object_start"])
 
 
+def geometry(s: State) -> Tensor:
+    """(N, 6) metres: from the tool to the object, from the tool to the goal. No policy sees it; sft.py's auxiliary loss does."""
+    return torch.cat([s["object"] - s["tool"], s["goal"] - s["tool"]], -1)
+
+
 PICK_CUBE = Task(
     instruction="pick up the red cube and move it to the green ball",
     stage_table=(
@@ -293,9 +298,9 @@ class StageEnv:
         return self.observation(obs), reward, terminated, torch.as_tensor(truncated), self.infos(info)
 
     def observe_state(self, state: dict) -> State:
-        """The observation of a recorded ManiSkill state, which replaces the present one (batch 1)."""
+        """The observation, with `geometry`, of a recorded ManiSkill state, which replaces the present one (batch 1)."""
         self.base.set_state_dict(state)
-        return self.observation(self.base.get_obs())
+        return {**self.observation(self.base.get_obs()), "geometry": geometry(self.task.observe(self.base))}
 
     def observation(self, obs: dict) -> State:
         (camera,) = obs["sensor_data"].values()
@@ -307,7 +312,7 @@ class StageEnv:
         signals = stage_signals(self.task, self.state, info["success"], self.potential, self.across)
         self.furthest = torch.maximum(self.furthest, signals["stage"])
         return {**signals, "furthest_stage": self.furthest.clone(), "success": info["success"], "seed": self.seeds.clone(),
-                "elapsed_steps": self.base.elapsed_steps.long().clone()}  # fmt: skip
+                "elapsed_steps": self.base.elapsed_steps.long().clone(), "geometry": geometry(self.state)}  # fmt: skip
 
     def expert_action(self) -> Tensor:
         """The expert's action for the present state, (N, A). A function of the state alone, so it needs no reset."""
@@ -364,7 +369,8 @@ class StageVectorEnv:
     `final_obs`, `final_info` hold the ended one's, valid where `_final_info` (N,) is true. All values are torch tensors.
 
     `reset(seed=s)` gives env i the seed s + i, a list is taken as it is; each later episode of an env has a seed of its own below
-    TRAIN_SEEDS, derived from the one before. Infos: `stage`, `furthest_stage`, `potential`, `stage_distance`, `success`, `seed`, `elapsed_steps`.
+    TRAIN_SEEDS, derived from the one before. Infos: `stage`, `furthest_stage`, `potential`, `stage_distance`, `success`, `seed`, `elapsed_steps`,
+    `geometry` (N, 6).
     """
 
     def __init__(self, env_id: str, num_envs: int, backend: str, seed: int, kwargs: dict):

@@ -1,0 +1,75 @@
+"""Actions <-> tokens: OpenVLA's binning."""
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vla
+
+N_BINS = 256
+STATS = {"q01": [-1.0, -0.3, 0.5, -1.0, 0.25], "q99": [1.0, 0.7, 0.5001, 1.0, 0.25], "mask": [True, True, True, False, True]}  # the last is constant
+LOW, HIGH = torch.tensor([-1.0, -0.3, 0.5, -1.0, 0.25]), torch.tensor([1.0, 0.7, 0.5001, 1.0, 0.25])
+
+
+def openvla_tokenize(x: np.ndarray) -> np.ndarray:
+    """openvla/openvla prismatic/vla/action_tokenizer.py: normalised actions -> 1..256, token id = vocabulary - that."""
+    return np.digitize(np.clip(x, -1.0, 1.0), np.linspace(-1.0, 1.0, N_BINS))
+
+
+def openvla_detokenize(discretized: np.ndarray) -> np.ndarray:
+    bins = np.linspace(-1.0, 1.0, N_BINS)
+    return ((bins[:-1] + bins[1:]) / 2.0)[np.clip(discretized - 1, 0, N_BINS - 2)]
+
+
+def test_bins_equal_openvlas_digitize():
+    stats = {"q01": [-0.4, -1.0], "q99": [0.6, 1.0], "mask": [True, False]}
+    x = np.random.default_rng(0).uniform(-1.3, 1.3, (20_000, 2))
+    x = x[(np.abs((x + 1) * 127.5 - np.round((x + 1) * 127.5)) > 1e-3).all(1)]  # not so near an edge that fp32 decides
+    x = np.concatenate([x, [[-1.0, -1.0], [1.0, 1.0]]])
+    actions = np.stack([(x[:, 0] + 1) / 2 - 0.4, x[:, 1]], 1)
+    bins = vla.tokenize_actions(torch.tensor(actions, dtype=torch.float32), stats)
+    assert bins.dtype == torch.long and torch.equal(bins, torch.tensor(openvla_tokenize(x) - 1))
+    decoded = openvla_detokenize(openvla_tokenize(x))
+    np.testing.assert_allclose(vla.detokenize_actions(bins, stats).numpy(), np.stack([(decoded[:, 0] + 1) / 2 - 0.4, decoded[:, 1]], 1), atol=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=5, max_size=5))
+def test_round_trip_is_within_half_a_bin(where):
+    actions = (LOW + torch.tensor(where) * (HIGH - LOW))[None]
+    decoded = vla.detokenize_actions(vla.tokenize_actions(actions, STATS), STATS)
+    assert decoded.dtype == torch.float32
+    assert ((decoded - actions).abs() <= (HIGH - LOW) / (N_BINS - 1) / 2 + 1e-6).all()
+
+
+@given(st.lists(st.floats(-5, 5), min_size=5, max_size=5))
+def test_values_outside_are_clipped(values):
+    actions = torch.tensor(values)[None]
+    assert torch.equal(vla.tokenize_actions(actions, STATS), vla.tokenize_actions(actions.clamp(LOW, HIGH), STATS))
+    decoded = vla.detokenize_actions(vla.tokenize_actions(actions, STATS), STATS)
+    assert (decoded >= LOW - 1e-6).all() and (decoded <= HIGH + 1e-6).all()
+
+
+def test_every_bin_decodes_to_its_own_centre_and_the_last_to_the_one_before():
+    bins = torch.arange(N_BINS)[:, None]
+    stats = {"q01": [-0.2], "q99": [0.4]}  # mask is optional
+    assert torch.equal(vla.tokenize_actions(vla.detokenize_actions(bins, stats), stats), bins.clamp(max=N_BINS - 2))
+
+
+def test_a_dimension_with_mask_false_is_taken_as_it_is():
+    stats = {"q01": [5.0], "q99": [9.0], "mask": [False]}
+    actions = torch.linspace(-1, 1, 101)[:, None]
+    assert (vla.detokenize_actions(vla.tokenize_actions(actions, stats), stats) - actions).abs().max() <= 1 / (N_BINS - 1) + 1e-6
+
+
+def test_a_constant_dimension_decodes_to_its_constant_whatever_the_token():
+    bins = torch.arange(N_BINS)[:, None].expand(-1, 5)
+    assert (vla.detokenize_actions(bins, STATS)[:, 4] == 0.25).all()
+    assert (vla.tokenize_actions(torch.randn(8, 5), STATS)[:, 4] == N_BINS // 2).all()
+    assert vla.constant_dims(STATS).tolist() == [False, False, False, False, True]
+
+
+@given(st.integers(2, 300))
+def test_any_number_of_bins_is_used_to_the_end(n_bins):
+    stats = {"q01": [-1.0], "q99": [1.0]}
+    bins = vla.tokenize_actions(torch.linspace(-1, 1, 999)[:, None], stats, n_bins)
+    assert bins.min() == 0 and bins.max() == n_bins - 1

@@ -1,0 +1,236 @@
+"""The real simulator: what make_envs promises, the scripted expert, evaluation."""
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import eval as evaluation
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import STATS, TASK, tiny_model
+
+import sft
+import stare_utils
+import vla
+from stare_utils import ScriptedExpert, make_envs, segment_stages, shape_rewards
+
+K = len(TASK.stages)
+INFOS = {"stage": torch.long, "furthest_stage": torch.long, "potential": torch.float32, "stage_distance": torch.float32, "success": torch.bool,
+         "seed": torch.long, "elapsed_steps": torch.long}  # fmt: skip
+HOLD = torch.tensor([[0.0, 0, 0, 0, 0, 0, 1]] * 2)  # stay, gripper open
+
+
+def equal(a: dict, b: dict, row=slice(None), keys=None) -> bool:
+    return all(torch.equal(a[key][row], b[key][row]) for key in keys or a)
+
+
+def check_batch(obs, infos):
+    assert obs["rgb"].dtype == torch.uint8 and obs["rgb"].shape == (2, 128, 128, 3)
+    assert obs["proprio"].dtype == torch.float32 and obs["proprio"].shape == (2, 8)
+    assert {name: infos[name].dtype for name in INFOS} == INFOS
+    assert all(infos[name].shape == (2,) for name in INFOS)
+
+
+def play(envs, seeds, steps=3):
+    """Observations and infos of the expert's first steps after a reset."""
+    seen = [envs.reset(seed=seeds)]
+    for _ in range(steps):
+        obs, *_, infos = envs.step(ScriptedExpert(envs).act())
+        seen.append((obs, infos))
+    return seen
+
+
+def test_reset_and_step_return_the_contract(envs):
+    check_batch(*envs.reset(seed=0))
+    obs, reward, terminated, truncated, infos = envs.step(HOLD)
+    check_batch(obs, infos)
+    assert reward.dtype == torch.float32 and terminated.dtype == truncated.dtype == infos["_final_info"].dtype == torch.bool
+    assert reward.shape == terminated.shape == truncated.shape == infos["_final_info"].shape == (2,)
+    assert infos["elapsed_steps"].tolist() == [1, 1] and not infos["_final_info"].any()
+
+
+def test_reset_gives_env_i_the_seed_plus_i_and_takes_a_list_as_it_is(envs):
+    (obs, infos), (same_obs, same), (_, other) = envs.reset(seed=7), envs.reset(seed=[7, 8]), envs.reset(seed=[8, 8])
+    assert infos["seed"].tolist() == [7, 8] and other["seed"].tolist() == [8, 8]
+    assert equal(infos, same) and equal(obs, same_obs)
+    assert infos["potential"][0] != infos["potential"][1] and other["potential"][0] == other["potential"][1]
+
+
+def test_an_episode_depends_on_its_seed_alone(envs):
+    first = play(envs, [5, 6])
+    for _ in range(12):
+        envs.step(ScriptedExpert(envs).act())  # into contact with the cube
+    for (obs, infos), (same_obs, same) in zip(first, play(envs, [5, 6]), strict=True):
+        assert equal(obs, same_obs) and equal(infos, same, keys=INFOS)
+
+
+def test_auto_reset_after_success_starts_a_clean_episode_in_that_env_alone(envs):
+    obs, infos = envs.reset(seed=3)
+    for step in range(1, 31):
+        actions = torch.cat([ScriptedExpert(envs).act()[:1], HOLD[:1]])
+        obs, reward, terminated, truncated, infos = envs.step(actions)
+        if terminated.any():
+            break
+        assert not infos["_final_info"].any() and (reward == 0).all()
+    assert terminated.tolist() == infos["_final_info"].tolist() == [True, False] and not truncated.any() and reward.tolist() == [1, 0]
+    final, seed = infos["final_info"], int(infos["seed"][0])
+    assert final["success"][0] and final["stage"][0] == final["furthest_stage"][0] == final["potential"][0] == K
+    assert final["seed"][0] == 3 and final["elapsed_steps"][0] == step and final["stage_distance"][0] == 0
+    assert infos["final_obs"]["rgb"].shape == (2, 128, 128, 3) and infos["final_obs"]["proprio"][0, -1] < 0.06  # the cube is still held
+    # the top level is the new episode's: nothing of the grasp is left
+    assert [int(infos[name][0]) for name in ("stage", "furthest_stage", "elapsed_steps", "success")] == [0, 0, 0, 0] and infos["potential"][0] < 1
+    assert infos["elapsed_steps"][1] == step and infos["seed"][1] == 4 and 0 <= seed < stare_utils.TRAIN_SEEDS and seed != 3
+    fresh_obs, fresh = envs.reset(seed=[seed, 0])
+    assert equal(infos, fresh, row=0, keys=INFOS) and equal(obs, fresh_obs, row=0)
+    after = envs.step(HOLD)
+    envs.reset(seed=[seed, 0])
+    again = envs.step(HOLD)
+    assert equal(after[0], again[0]) and equal(after[-1], again[-1], keys=INFOS)
+
+
+def test_truncation_at_the_horizon_keeps_the_last_state_in_final_obs(envs):
+    envs.reset(seed=0)
+    envs.set_next_seeds([100, 200])
+    for step in range(30):
+        before = envs.step(HOLD)
+        assert before[3].all() == (step == 29)
+    obs, reward, terminated, truncated, infos = before
+    assert truncated.all() and not terminated.any() and infos["_final_info"].all() and (reward == 0).all()
+    final = infos["final_info"]
+    assert final["elapsed_steps"].tolist() == [30, 30] and final["seed"].tolist() == [0, 1] and not final["success"].any()
+    check_batch(infos["final_obs"], final)
+    check_batch(obs, infos)
+    assert infos["seed"].tolist() == [100, 200] and infos["elapsed_steps"].tolist() == [0, 0]
+    fresh_obs, fresh = envs.reset(seed=[100, 200])
+    assert equal(infos, fresh, keys=INFOS) and equal(obs, fresh_obs)
+    assert not torch.equal(infos["final_obs"]["rgb"], obs["rgb"])
+
+
+def run_expert(envs, num_episodes: int) -> list[dict]:
+    """Episodes of the expert, one reset at the very start: stages, potentials and rewards of each."""
+    expert, episodes, (_, infos) = ScriptedExpert(envs), [], envs.reset(seed=1)
+    open_rows = [{"stage": [], "potential": [], "reward": []} for _ in range(envs.num_envs)]
+    while len(episodes) < num_episodes:
+        actions = expert.act()
+        assert actions.shape == (envs.num_envs, 7) and (actions.abs() <= 1).all()
+        for i, row in enumerate(open_rows):
+            row["stage"].append(int(infos["stage"][i]))
+            row["potential"].append(float(infos["potential"][i]))
+        _, reward, terminated, _, infos = envs.step(actions)
+        for i, row in enumerate(open_rows):
+            row["reward"].append(float(reward[i]))
+            if infos["_final_info"][i]:
+                final = {name: infos["final_info"][name][i].item() for name in INFOS}
+                episodes.append({**row, "terminated": bool(terminated[i]), "final": final})
+                open_rows[i] = {"stage": [], "potential": [], "reward": []}
+    return episodes
+
+
+@pytest.mark.parametrize("env_id", [pytest.param(e, marks=[] if e == "PickCube-v1" else pytest.mark.slow) for e in stare_utils.TASKS])
+def test_expert_goes_through_every_stage_in_order_to_success(env_id, envs, request):
+    task = stare_utils.TASKS[env_id]
+    if env_id != "PickCube-v1":
+        envs = make_envs(env_id, 2, seed=0)
+        request.addfinalizer(envs.close)
+    K, episodes = len(task.stages), run_expert(envs, 6)
+    solved = [episode for episode in episodes if episode["final"]["success"]]
+    assert len(solved) >= 5
+    for episode in solved:
+        segment = segment_stages(torch.tensor(episode["stage"]), K)
+        assert (segment.diff() >= 0).all() and segment.unique().tolist() == list(range(K))
+        assert max(episode["stage"]) < K and episode["final"]["stage"] == K  # success only after the last stage
+        assert episode["terminated"] and sum(episode["reward"]) == 1 and episode["final"]["elapsed_steps"] == len(episode["stage"])
+        # the shaped return telescopes: discounting aside, the episode pays its success minus what it began with
+        phi = torch.tensor([*episode["potential"], episode["final"]["potential"]], dtype=torch.double)[:, None]
+        rewards = torch.tensor(episode["reward"], dtype=torch.double)[:, None]
+        terminated = torch.arange(len(rewards))[:, None] == len(rewards) - 1
+        assert shape_rewards(rewards, phi[:-1], phi[1:], terminated, 1.0, 1 / K).sum().item() == pytest.approx(1 - episode["potential"][0] / K)
+        assert phi.max() == phi[-1] == K and episode["potential"][0] < 1
+
+
+def test_light_meshes_leave_joints_and_collisions_alone():
+    import mani_skill
+
+    full, light = Path(mani_skill.PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf", Path(stare_utils.light_panda())
+
+    def parts(urdf):
+        root = ElementTree.parse(urdf).getroot()
+        return {tag: [ElementTree.tostring(node) for node in root.iter(tag)] for tag in ("joint", "collision", "inertial")}
+
+    assert parts(full) == parts(light) and all(parts(full).values())
+    for mesh in ElementTree.parse(full).getroot().findall(".//collision//mesh"):
+        assert (full.parent / mesh.get("filename")).read_bytes() == (light.parent / mesh.get("filename")).read_bytes()
+    visual = "franka_description/meshes/visual"
+    size = {urdf: sum(file.stat().st_size for file in (urdf.parent / visual).iterdir()) for urdf in (full, light)}
+    assert size[light] < 0.5 * size[full]
+
+
+def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
+    """A ManiSkill trajectory without images gives the frames that its states show."""
+    env = stare_utils.make_single_env("PickCube-v1")
+    obs, _ = env.reset(seed=[5])
+    seen, states, actions = [obs], [env.base.get_state_dict()], []
+    for _ in range(4):
+        actions.append(env.expert_action())
+        obs, *_ = env.step(actions[-1])
+        seen.append(obs)
+        states.append(env.base.get_state_dict())
+    env.reset(seed=[6])
+    with h5py.File(tmp_path / "demos.h5", "w") as file:
+        file["traj_0/actions"] = torch.cat(actions).numpy()
+        for kind, bodies in states[0].items():
+            for name in bodies:
+                file[f"traj_0/env_states/{kind}/{name}"] = np.concatenate([state[kind][name].numpy() for state in states])
+    (tmp_path / "demos.json").write_text('{"env_info": {"env_id": "PickCube-v1"}, "episodes": [{"episode_id": 0, "control_mode": "pd_ee_delta_pose"}]}')
+    monkeypatch.setattr(stare_utils, "make_single_env", lambda env_id: env)
+    rgb, proprio, labels = sft.read_demos(tmp_path / "demos.h5", "PickCube-v1", 9)
+    assert torch.equal(labels, torch.cat(actions)) and rgb.dtype == torch.uint8
+    assert torch.allclose(proprio, torch.cat([obs["proprio"] for obs in seen[:-1]]), atol=1e-5)
+    difference = (rgb.int() - torch.cat([obs["rgb"] for obs in seen[:-1]]).int()).abs()
+    assert rgb.shape == (4, 128, 128, 3) and (difference > 8).float().mean() < 1e-3
+    env.env.close()
+
+
+@pytest.fixture(scope="module")
+def endless():
+    """Two simulators as evaluation uses them: no termination, the registered horizon."""
+    envs = make_envs("PickCube-v1", 2, 0, terminate_on_success=False)
+    yield envs
+    envs.close()
+
+
+@pytest.fixture
+def evaluate(endless, monkeypatch):
+    """eval.evaluate with these simulators instead of new ones."""
+    monkeypatch.setattr(endless, "close", lambda: None)
+    monkeypatch.setattr(evaluation, "make_envs", lambda *args, **kwargs: endless)
+    return evaluation.evaluate
+
+
+def test_evaluating_twice_gives_identical_rows(evaluate):
+    model, processor = tiny_model()
+    model.train()
+    first, second = (evaluate(model, processor, "PickCube-v1", 2, 0, 2) for _ in range(2))
+    assert first == second and model.training
+    assert [row["seed"] for row in first["episodes"]] == [stare_utils.EVAL_SEED, stare_utils.EVAL_SEED + 1]
+    assert [row["episode_len"] for row in first["episodes"]] == [TASK.max_episode_steps] * 2
+    assert stare_utils.EVAL_SEED >= stare_utils.TRAIN_SEEDS
+
+
+def test_evaluation_counts_success_and_stages_of_the_expert(evaluate, endless, monkeypatch):
+    """Three episodes in two envs: a batch that is not full. The policy is the expert, as tokens, in env 0 alone."""
+    expert = ScriptedExpert(endless)
+
+    def act(model, inputs, active, greedy):
+        assert greedy
+        return vla.tokenize_actions(torch.cat([expert.act()[:1], HOLD[:1]]), STATS["action"]), None, None
+
+    monkeypatch.setattr(evaluation, "sample_action", act)
+    result = evaluate(*tiny_model(), "PickCube-v1", 3, 1, 2)
+    rows = result["episodes"]
+    assert [row["success_once"] for row in rows] == [row["success_at_end"] for row in rows] == [True, False, True]
+    assert result["success_once"] == result["success_at_end"] == result["stage_reach_rate"][-1] == pytest.approx(2 / 3)
+    assert len(result["stage_reach_rate"]) == K and [row["furthest_stage"] for row in rows] == [K, 0, K]
+    assert [row["seed"] - stare_utils.EVAL_SEED for row in rows] == [100_000, 100_001, 100_002]
+    assert all(sum(row["stage_steps"]) == row["episode_len"] == 50 for row in rows) and rows[1]["stage_steps"][0] == 50
+    assert all(min(row["stage_steps"]) > 0 and row["return"] == row["stage_steps"][K] + 1 for row in (rows[0], rows[2]))

@@ -1,0 +1,141 @@
+"""The model: sampling and teacher forcing agree, a checkpoint is the whole policy, imitation learns."""
+import eval as evaluation
+import pytest
+import torch
+from conftest import STATS, frames, prompt, tiny_model
+
+import sft
+import sta_ppo
+import sta_tpo
+import vla
+
+ACTIVE = ~vla.constant_dims(STATS["action"])
+RAGGED = ["pick up the red cube and move it to the green ball", "push it", "lift the peg", "push it"]
+
+
+def two_towers():
+    """OpenVLA's architecture, shrunken: DINOv2 and SigLIP towers, padded vocabulary, no proprioception."""
+    torch.manual_seed(0)
+    text = dict(vocab_size=512 + 256 + 64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                pad_token_id=1, bos_token_id=0, eos_token_id=2)  # fmt: skip
+    config = vla.OpenVLAConfig(text, list(vla.TOWERS), image_sizes=[28, 28], vit_overrides={"width": 32, "blocks": 2, "heads": 2, "mlp": 64})
+    model, small = vla.OpenVLAForActionPrediction(config).eval(), vla.tiny_processor(RAGGED)
+    model.language_model.lm_head.weight.data *= 10
+    images = vla.OpenVLAImageProcessor([[3, 28, 28]] * 2, [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3])
+    return model, vla.OpenVLAProcessor(images, small.tokenizer, small.prompt)
+
+
+@pytest.mark.parametrize("make", [tiny_model, two_towers])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_rollout_and_update_give_an_action_the_same_probability(make, greedy):
+    """The ratio of PPO's first minibatch is 1: decoding with a cache equals one teacher-forced pass, whatever the lengths of the instructions."""
+    model, processor = make()
+    obs = frames(4)
+    inputs = prompt(processor, obs, RAGGED)
+    assert (inputs["attention_mask"] == 0).any()
+    torch.manual_seed(3)
+    bins, logprob, hidden = sta_ppo.sample_action(model, inputs, ACTIVE, greedy=greedy)
+    with torch.no_grad():
+        newlogprob, entropy, newhidden, best = sta_ppo.action_logprob(model, inputs, bins, ACTIVE)
+    assert ((newlogprob - logprob).exp() - 1).abs().max() < 1e-4 and (newhidden - hidden).abs().max() < 1e-4
+    assert logprob.shape == entropy.shape == (4,) and logprob.dtype == newlogprob.dtype == torch.float32
+    assert (logprob < -1).all() and (entropy > 0).all()
+    assert not greedy or torch.equal(best[:, ACTIVE], bins[:, ACTIVE])
+
+
+def test_an_instruction_has_the_same_probability_beside_a_longer_one():
+    model, processor = tiny_model()
+    obs, bins = frames(4), torch.randint(0, 256, (4, 7))
+    with torch.no_grad():
+        together = sta_ppo.action_logprob(model, prompt(processor, obs, RAGGED), bins, ACTIVE)[0]
+        alone = [sta_ppo.action_logprob(model, prompt(processor, {k: v[i : i + 1] for k, v in obs.items()}, [RAGGED[i]]), bins[i : i + 1], ACTIVE)[0]
+                 for i in range(4)]  # fmt: skip
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
+
+
+def test_constant_dimensions_keep_one_bin_and_count_in_no_probability():
+    model, processor = tiny_model()
+    inputs = prompt(processor, frames(3))
+    torch.manual_seed(0)
+    bins, logprob, _ = sta_tpo.sample_action(model, inputs, ACTIVE)
+    other = torch.where(ACTIVE, bins, 7)
+    assert (bins[:, ~ACTIVE] == 128).all()
+    with torch.no_grad():
+        none = sta_tpo.action_logprob(model, inputs, other, ~ACTIVE & False)
+        last = torch.tensor([False] * 6 + [True])
+        whole, rest = (sta_tpo.action_logprob(model, inputs, bins, active) for active in (ACTIVE, ACTIVE & ~last))
+        alone = sta_tpo.action_logprob(model, inputs, bins, last)
+    assert (none[0] == 0).all() and (none[1] == 0).all()
+    assert torch.allclose(whole[0], rest[0] + alone[0], atol=1e-5) and torch.allclose(whole[1], rest[1] + alone[1], atol=1e-5)
+
+
+def test_a_token_s_distribution_covers_the_action_bins_alone():
+    model, processor = tiny_model()
+    inputs, first = prompt(processor, {name: value.expand(256, *value.shape[1:]) for name, value in frames(1).items()}), torch.tensor([True] + [False] * 6)
+    bins = torch.full((256, 7), 128)
+    bins[:, 0] = torch.arange(256)
+    with torch.no_grad():
+        logprob, entropy, _, _ = sta_ppo.action_logprob(model, inputs, bins, first)
+    assert logprob.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    assert entropy[0].item() == pytest.approx(-(logprob.exp() * logprob).sum().item(), abs=1e-4)
+    torch.manual_seed(0)
+    sampled, its_logprob, _ = sta_ppo.sample_action(model, inputs, first)
+    assert torch.allclose(its_logprob, logprob[sampled[:, 0]], atol=1e-4)
+    # the mean of 256 log-probabilities is minus the entropy, within five of its deviations
+    deviation = ((logprob.exp() * logprob.square()).sum() - entropy[0].square()).sqrt() / 16
+    assert abs(its_logprob.mean() + entropy[0]) < 5 * deviation
+
+
+def test_a_checkpoint_gives_identical_actions(checkpoint, tmp_path):
+    model, processor = tiny_model()
+    loaded, its_processor, folder = evaluation.load_policy(str(checkpoint), torch.device("cpu"))
+    sft.save_checkpoint(tmp_path, loaded, its_processor, {}, {})
+    again, again_processor, _ = sta_ppo.load_policy(str(tmp_path / "checkpoint"), torch.device("cpu"))
+    assert loaded.config.norm_stats == again.config.norm_stats == {"PickCube-v1": STATS} and folder == checkpoint / "checkpoint"
+    results = []
+    for policy, proc in ((model, processor), (loaded, its_processor), (again, again_processor)):
+        torch.manual_seed(0)
+        bins, logprob, hidden = sta_ppo.sample_action(policy, prompt(proc, frames(4)), ACTIVE)
+        results.append([vla.detokenize_actions(bins, STATS["action"]), logprob, hidden])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_save_that_dies_keeps_the_checkpoint_before(checkpoint, tmp_path):
+    sft.save_checkpoint(tmp_path, *tiny_model(), {"n": 1}, {"step": 1})
+    with pytest.raises(TypeError):  # not JSON: dies in the middle of the new folder
+        sft.save_checkpoint(tmp_path, *tiny_model(), {"n": object()}, {"step": 2})
+    assert sft.load_state(tmp_path)["step"] == 1
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # as if it died between the two renames
+    assert sft.load_state(tmp_path)["step"] == 1 and (tmp_path / "checkpoint/model.safetensors").exists()
+
+
+def test_random_numbers_come_back_with_the_training_state(tmp_path):
+    sft.save_checkpoint(tmp_path, *tiny_model(), {}, {})
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    sft.load_state(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_imitation_lowers_cross_entropy_on_one_batch():
+    model, processor = tiny_model()
+    inputs, bins = prompt(processor, frames(8)), torch.randint(0, 256, (8, 7), generator=torch.Generator().manual_seed(0))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(25):
+        loss = -sft.action_logprob(model, inputs, bins, ACTIVE)[0].mean() / ACTIVE.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 4 and losses[-1] < 0.5 * losses[0]
+    untouched = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untouched == []  # every weight of the tiny model is trained
+
+
+def test_neighbouring_bins_begin_alike():
+    model, _ = tiny_model()
+    model.init_action_rows()
+    end, rows = model.config.action_id_end, model.language_model.lm_head.weight
+    actions = rows[end - 256 : end].flip(0)  # bin 0 first
+    assert (actions[1:] - actions[:-1]).norm(dim=1).max() < 0.2 * (actions[0] - actions[-1]).norm()

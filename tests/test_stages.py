@@ -1,0 +1,158 @@
+"""Stages without a simulator: tables, signals, segments, costs, shaping."""
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stare_utils
+from stare_utils import Stage, Task, segment_stages, shape_rewards, stage_costs, stage_potential, stage_signals
+
+K = 4
+FORMS, ACROSS = st.sampled_from(["sigmoid", "linear"]), st.sampled_from(["offset", "bare"])
+
+
+def made_up_task() -> Task:
+    """K stages whose entry flags and distances are columns of the state."""
+    stages = [Stage(f"stage{k}", lambda s, k=k: s["entered"][:, k], lambda s, k=k: s["distance"][:, k], 0.1 * (k + 1), None, 0.0) for k in range(K)]
+    return Task("", tuple(stages), None, 50, None)
+
+
+STATES = st.lists(st.tuples(st.lists(st.booleans(), min_size=K, max_size=K), st.lists(st.floats(0, 2), min_size=K, max_size=K), st.booleans()),
+                  min_size=2, max_size=6)  # fmt: skip
+
+
+def signals(rows, form="sigmoid", across="offset"):
+    entered, distance, success = (torch.tensor(column) for column in zip(*rows))
+    entered[:, 0] = True
+    return entered, distance, success, stage_signals(made_up_task(), {"entered": entered, "distance": distance}, success, form, across)
+
+
+@given(STATES)
+def test_stage_is_the_largest_whose_entry_condition_holds_and_k_at_success(rows):
+    entered, distance, success, out = signals(rows)
+    for i in range(len(rows)):
+        largest = max(k for k in range(K) if entered[i, k])
+        assert out["stage"][i] == (K if success[i] else largest)
+        assert out["stage_distance"][i] == (0 if success[i] else distance[i, largest])
+    assert out["stage"].dtype == torch.long
+
+
+@given(STATES, FORMS, ACROSS)
+def test_potential_is_in_range_and_greatest_at_success(rows, form, across):
+    _, _, success, out = signals(rows, form, across)
+    top = K if across == "offset" else 1
+    assert (out["potential"] >= 0).all() and (out["potential"] <= top).all()
+    assert (out["potential"][success] == top).all()
+
+
+@given(STATES, FORMS)
+def test_potential_never_falls_when_the_stage_rises(rows, form):
+    _, _, _, out = signals(rows, form)
+    for i in range(len(rows)):
+        assert (out["potential"][i] >= out["potential"][out["stage"] < out["stage"][i]]).all()
+
+
+@given(STATES, FORMS)
+def test_potential_rises_as_the_distance_of_a_stage_falls(rows, form):
+    nearer = [(entered, [d / 2 for d in distance], False) for entered, distance, _ in rows]
+    _, distance, _, far = signals([(entered, distance, False) for entered, distance, _ in rows], form)
+    assert (signals(nearer, form)[-1]["potential"] >= far["potential"]).all()
+
+
+def test_potential_forms_by_hand():
+    d, length = torch.tensor([0.0, 0.1, 0.2, 0.5]), torch.tensor(0.2)
+    assert torch.allclose(stage_potential(d, length, "linear"), torch.tensor([1.0, 0.5, 0.0, 0.0]))
+    sigmoid = [1 / (1 + math.exp(-(1 - x))) * (1 + math.exp(-1)) for x in (0, 0.5, 1, 2.5)]
+    assert torch.allclose(stage_potential(d, length), torch.tensor(sigmoid))
+
+
+def test_the_bare_potential_falls_at_a_switch_and_the_offset_one_does_not():
+    before = ([True, False, False, False], [0.0, 0.2, 0.3, 0.4], False)  # stage 0 done, and the next one begins at its length scale
+    after = ([True, True, False, False], [0.0, 0.2, 0.3, 0.4], False)
+    bare, offset = (signals([before, after], across=across)[-1]["potential"] for across in ("bare", "offset"))
+    assert bare[1] < bare[0] and offset[1] > offset[0]
+
+
+def pick_cube_state(**changes):
+    state = {"tool": [0.0, 0.0, 0.2], "object": [0.0, 0.0, 0.02], "object_start": [0.0, 0.0, 0.02], "goal": [0.0, 0.1, 0.2], "grasped": False,
+             "yaw_error": 0.0, "opening": 0.08, "speed": 0.0}  # fmt: skip
+    return {name: torch.tensor([value]) for name, value in {**state, **changes}.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage"),
+    [
+        ({}, 0),
+        ({"tool": [0.0, 0.0, 0.03]}, 1),  # the gripper is at the cube
+        ({"tool": [0.0, 0.0, 0.02], "grasped": True}, 1),
+        ({"tool": [0.0, 0.0, 0.06], "object": [0.0, 0.0, 0.06], "grasped": True}, 2),  # lifted
+        ({"tool": [0.04, 0.0, 0.02], "object": [0.04, 0.0, 0.02], "grasped": True}, 2),  # carried along the table
+        ({"tool": [0.0, 0.1, 0.18], "object": [0.0, 0.1, 0.18], "grasped": True}, 3),
+        ({"tool": [0.0, 0.1, 0.18], "object": [0.04, 0.0, 0.02]}, 0),  # dropped: the label falls back
+    ],
+)
+def test_stages_of_pick_cube(changes, stage):
+    assert stage_signals(stare_utils.PICK_CUBE, pick_cube_state(**changes), torch.tensor([False]), "sigmoid", "offset")["stage"] == stage
+
+
+def test_tasks_have_what_outside_checks_read():
+    for env_id, task in stare_utils.TASKS.items():
+        assert stare_utils.get_task(env_id) is task
+        assert isinstance(task.instruction, str) and isinstance(task.max_episode_steps, int)
+        assert len(task.stages) >= 2 and all(isinstance(name, str) for name in task.stages)
+        assert all(stage.length > 0 for stage in task.stage_table)
+
+
+LABELS = st.lists(st.integers(0, K), min_size=1, max_size=12)
+
+
+@given(LABELS)
+def test_segments_are_the_running_maximum_below_k(labels):
+    segment = segment_stages(torch.tensor(labels), K)
+    assert segment.tolist() == [min(max(labels[: t + 1]), K - 1) for t in range(len(labels))]
+
+
+@given(st.integers(1, 8).flatmap(lambda length: st.lists(st.lists(st.integers(0, K), min_size=length, max_size=length), min_size=1, max_size=4)))
+def test_segments_of_a_batch_are_those_of_its_columns(columns):
+    batch = segment_stages(torch.tensor(columns).T, K)
+    assert torch.equal(batch, torch.stack([segment_stages(torch.tensor(column), K) for column in columns], 1))
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, K - 1)), min_size=1, max_size=12))
+def test_costs_are_means_over_segments_and_nan_where_never_entered(rows):
+    distance, segment = zip(*rows)
+    cost = stage_costs(torch.tensor(distance, dtype=torch.double), torch.tensor(segment), K).tolist()
+    for k in range(K):
+        mine = [d for d, s in rows if s == k]
+        assert cost[k] == pytest.approx(sum(mine) / len(mine)) if mine else math.isnan(cost[k])
+
+
+def random_episode(T=9, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    rewards, potentials = torch.rand(T, 1, generator=g, dtype=torch.double), torch.rand(T + 1, 1, generator=g, dtype=torch.double)
+    return rewards, potentials[:-1], potentials[1:], torch.zeros(T, 1, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_shaping_telescopes_and_the_potential_of_a_terminal_state_is_zero(terminal):
+    rewards, potentials, next_potentials, terminated = random_episode()
+    terminated[-1] = terminal
+    shaped = shape_rewards(rewards, potentials, next_potentials, terminated, gamma=0.9, weight=0.25)
+    discounts = 0.9 ** torch.arange(len(rewards), dtype=torch.double)[:, None]
+    left = 0 if terminal else 0.9 ** len(rewards) * next_potentials[-1]  # a truncated episode would have gone on
+    assert torch.allclose((discounts * (shaped - rewards)).sum(0), 0.25 * (left - potentials[0]))
+
+
+def test_shaping_of_weight_zero_changes_nothing():
+    rewards, *rest = random_episode()
+    assert torch.equal(shape_rewards(rewards, *rest, gamma=0.9, weight=0.0), rewards)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_shaping_refuses_shapes_that_would_broadcast(which):
+    inputs = list(random_episode())
+    inputs[which] = inputs[which][:, 0]
+    with pytest.raises(AssertionError):
+        shape_rewards(*inputs, gamma=0.9, weight=1.0)
