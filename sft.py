@@ -4,7 +4,7 @@
     python sft.py --env-id PickCube-v1 --demo-path demos.h5   # ManiSkill's own trajectory format; without images it is replayed
 
 loss = -mean over samples of [ sum over active action tokens of log pi(token | image, proprioception, instruction, tokens before) ] / (active tokens)
-(section "SFT" of docs/sft.md; openvla/openvla@c8f03f4 vla-scripts/finetune.py masks everything but the action tokens too).
+(openvla/openvla@c8f03f4 vla-scripts/finetune.py masks everything but the action tokens too).
 Deviations from OpenVLA's recipe: (1) the softmax runs over the 256 action bins, as in STA-TPO, STA-PPO and evaluation; (2) dimensions that
 never vary are left out of the loss; (3) the default model is trained from scratch, all weights.
 Letters: B batch, M frames, A action tokens, D hidden width.

@@ -3,7 +3,7 @@
     python sta_ppo.py --env-id PickCube-v1                    # from the newest STA-TPO (else SFT) run of this env, else the shipped checkpoint
     python sta_ppo.py --env-id PickCube-v1 --reward sparse    # plain PPO, the ablation; --reward dense is ManiSkill's own reward
 
-  r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)),  Phi(s) = k + phi_k(s),  Phi of a terminal state = 0        (the paper's r', Phi in docs/sta_ppo.md)
+  r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)),  Phi(s) = k + phi_k(s),  Phi of a terminal state = 0   (r' is the paper's; k + is ours, see README.md)
   loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 - c_e * entropy
 The ratio is that of the whole action (sum of its tokens' log-probabilities). Deviations from CleanRL's ppo.py and RL4VLA: a truncated episode
 is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once;
@@ -399,7 +399,8 @@ def main(args: Args) -> None:
                 next_potentials[t, ended] = final["potential"].to(device)[ended]
                 next_values[t, ended] = value_of({name: value[ended] for name, value in next_info["final_obs"].items()})
                 for i in ended.nonzero()[:, 0].tolist():
-                    recent.append([float(final["success"][i]), float(episode_return[i]), float(final["elapsed_steps"][i]), int(final["furthest_stage"][i])])
+                    furthest = int(final["furthest_stage"][i])
+                    recent.append([float(furthest == K), float(episode_return[i]), float(final["elapsed_steps"][i]), furthest])
                 episode_return[ended] = 0
         recent = recent[-100:]
         # V of the true next state: the next row's value, the bootstrap after the last row, V(final_obs) (set above) at an episode's end

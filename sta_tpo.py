@@ -7,7 +7,7 @@
   q^(tau_k) = q(tau_k) - lambda * l_k(tau_k)                      l_k: mean stage distance / L_k
   loss      = -mean over pairs of log sigmoid( beta * (q^(chosen) - q^(rejected)) )
 A pair exists for stage k only if both roll-outs finished stage k - 1; the winner finished stage k or, when both did, was cheaper by a margin.
-Deviations from the paper and choices where it is silent: docs/sta_tpo.md. The reference policy is the checkpoint itself, as cached fp32
+Choices where the paper is silent: the table in README.md. The reference policy is the checkpoint itself, as cached fp32
 log-probabilities. GRAPE (aiming-lab/GRAPE@89986c7) sums over 8-step windows that may belong to different episodes; nothing of that is here.
 Letters: R roll-outs, T steps, K stages, P pairs, S steps of all pairs in a batch, A action tokens, B chunk of steps, N envs, D hidden width.
 """

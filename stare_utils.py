@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 # Idle OpenMP threads must sleep: spinning ones take the cores from the env processes (a forward is 20x slower). Set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -27,6 +28,7 @@ State = dict[str, Tensor]
 TRAIN_SEEDS = 2**30  # episodes of training draw their seeds below this number ...
 EVAL_SEED = 2**30  # ... and evaluation starts here: the two never meet
 CONTROL_STEP = 0.05  # seconds per env step (20 Hz control)
+IMAGE_SIZE = 128  # pixels: side of the observation
 EE_STEP = 0.1  # metres (and radians) that an action of 1 moves the tool in pd_ee_delta_pose
 
 
@@ -45,7 +47,7 @@ class Stage:
     distance: Callable[[State], Tensor]
     """(N,) metres >= 0: what is left to do in this stage"""
     length: float
-    """L_k in metres: median of `distance` at entry on expert episodes (`benchmark/stage_lengths.sh` measures it)"""
+    """L_k in metres: median of `distance` at entry on expert episodes (`benchmark/expert.py` measures it)"""
     target: Callable[[State], Tensor]
     """(N, 3) metres, world frame: where the expert drives the tool during this stage"""
     gripper: float
@@ -59,8 +61,9 @@ class Task:
     observe: Callable[[gym.Env], State]
     """reads the simulator: `tool` (N, 3), `object` (N, 3), `goal` (N, 3), `yaw_error` (N,), `opening` (N,), `grasped` (N,) and so on"""
     max_episode_steps: int
-    camera: tuple[tuple[float, float, float], tuple[float, float, float], float]
-    """eye, look-at point, vertical field of view in radians: near enough that the object spans at least 8 of 128 pixels"""
+    views: tuple[tuple[tuple[float, float, float], tuple[float, float, float], float], ...]
+    """eye, look-at point and vertical field of view (radians) of each camera. Their pictures stand side by side in one image. Two views at a
+    right angle: what the hand hides in one is seen in the other, and depth needs no guessing; the object spans at least 8 pixels in each"""
     control_mode: str = "pd_ee_delta_pose"
 
     @property
@@ -132,7 +135,7 @@ PICK_CUBE = Task(
               lambda s: norm(s["object"] - s["goal"]) + CONTROL_STEP * s["speed"],
               0.05, lambda s: s["tool"] + s["goal"] - s["object"], -1.0),
     ),
-    observe=observe_pick_cube, max_episode_steps=50, camera=((0.42, 0.42, 0.42), (-0.02, 0.0, 0.13), 0.75),
+    observe=observe_pick_cube, max_episode_steps=50, views=(((0.0, 0.62, 0.32), (0.0, 0.0, 0.165), 0.82), ((0.62, 0.0, 0.32), (0.0, 0.0, 0.165), 0.82)),
 )  # fmt: skip
 
 TASKS: dict[str, Task] = {"PickCube-v1": PICK_CUBE}
@@ -250,20 +253,23 @@ class StageEnv:
         stage_potential and stage_signals. max_episode_steps: None is the registered horizon. stock_camera: the env's own view."""
         import mani_skill.envs  # noqa: F401  registers the env ids
         from mani_skill.agents.robots.panda import Panda
-        from mani_skill.utils import sapien_utils
+        from mani_skill.sensors.camera import CameraConfig
+        from mani_skill.utils.registration import REGISTERED_ENVS
+        from mani_skill.utils.sapien_utils import look_at
 
         self.task, self.num_envs, self.terminate_on_success = get_task(env_id), num_envs, terminate_on_success
         self.potential, self.across = potential, potential_across_stages
         if backend == "cpu" and not full_meshes:
             Panda.urdf_path = light_panda()
-        eye, target, fov = self.task.camera
-        pose = sapien_utils.look_at(eye, target)
-        self.env = gym.make(
-            env_id, num_envs=num_envs, obs_mode="rgb", control_mode=self.task.control_mode,
-            reward_mode="normalized_dense" if reward == "dense" else "sparse",
-            sim_backend=f"physx_{backend}", render_backend="cpu" if backend == "cpu" and not torch.cuda.is_available() else "gpu",
-            max_episode_steps=max_episode_steps or self.task.max_episode_steps, sensor_configs={} if stock_camera else {"pose": pose, "fov": fov},
-        )  # fmt: skip
+        views = self.task.views
+        cameras = [CameraConfig(f"view_{i}", look_at(*view[:2]), IMAGE_SIZE // len(views), IMAGE_SIZE, view[2], 0.01, 100) for i, view in enumerate(views)]
+        ours = {} if stock_camera else {"_default_sensor_configs": property(lambda env: cameras)}
+        with mock.patch.multiple(REGISTERED_ENVS[env_id].cls, **ours):  # ManiSkill has no argument that adds a camera
+            self.env = gym.make(
+                env_id, num_envs=num_envs, obs_mode="rgb", control_mode=self.task.control_mode, sim_backend=f"physx_{backend}",
+                reward_mode="normalized_dense" if reward == "dense" else "sparse", render_backend="gpu" if torch.cuda.is_available() else "cpu",
+                max_episode_steps=max_episode_steps or self.task.max_episode_steps,
+            )  # fmt: skip
         self.base = self.env.unwrapped
         self.next_seed = [seed + i for i in range(num_envs)]
         self.furthest = torch.zeros(num_envs, dtype=torch.long, device=self.base.device)
@@ -303,9 +309,9 @@ class StageEnv:
         return {**self.observation(self.base.get_obs()), "geometry": geometry(self.task.observe(self.base))}
 
     def observation(self, obs: dict) -> State:
-        (camera,) = obs["sensor_data"].values()
+        rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 2)
         pose, opening = obs["extra"]["tcp_pose"], obs["agent"]["qpos"][:, -2:].sum(-1, keepdim=True)
-        return {"rgb": camera["rgb"], "proprio": torch.cat([pose, opening], -1).float()}
+        return {"rgb": rgb, "proprio": torch.cat([pose, opening], -1).float()}
 
     def infos(self, info: dict) -> State:
         self.state["object_start"] = self.object_start

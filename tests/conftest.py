@@ -90,6 +90,7 @@ def write_demos(path: Path, env_id="PickCube-v1", control_mode=TASK.control_mode
         for i, length in enumerate(lengths):
             obs, group = frames(length + 1, seed=i), file.create_group(f"traj_{i}")
             group["obs/sensor_data/base_camera/rgb"], group["obs/proprio"] = obs["rgb"].numpy(), obs["proprio"].numpy()
+            group["geometry"] = rng.uniform(-0.2, 0.2, (length, 6)).astype(np.float32)
             if actions:
                 group["actions"] = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
             episodes.append({"episode_id": i, "episode_seed": i, "control_mode": control_mode, "elapsed_steps": length, "success": True})
@@ -155,11 +156,12 @@ def tpo_run(workspace, sft_run) -> Path:
 
 
 PPO = ("--env-id", "PickCube-v1", "--num-envs", 2, "--num-steps", 25, "--num-minibatches", 2, "--critic-warmup", 2, "--no-cuda")
+PPO_UPDATE = 50  # env steps
 
 
 @pytest.fixture(scope="session")
 def ppo_run(workspace, tpo_run) -> Path:
     """python sta_ppo.py --env-id PickCube-v1, tiny: four updates, with an evaluation at the end."""
-    output_of("sta_ppo.py", *PPO, "--total-timesteps", 200, "--num-eval-episodes", 2, cwd=workspace)
+    output_of("sta_ppo.py", *PPO, "--total-timesteps", 4 * PPO_UPDATE, "--num-eval-episodes", 2, cwd=workspace)
     (run,) = (workspace / "runs").glob("PickCube-v1__sta_ppo__1__*")
     return run

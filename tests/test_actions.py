@@ -66,6 +66,8 @@ def test_a_constant_dimension_decodes_to_its_constant_whatever_the_token():
     assert (vla.detokenize_actions(bins, STATS)[:, 4] == 0.25).all()
     assert (vla.tokenize_actions(torch.randn(8, 5), STATS)[:, 4] == N_BINS // 2).all()
     assert vla.constant_dims(STATS).tolist() == [False, False, False, False, True]
+    unmasked = {"q01": [0.3], "q99": [0.3], "mask": [False]}  # a gripper that never moved
+    assert torch.equal(vla.detokenize_actions(bins[:, :1], unmasked), torch.full((N_BINS, 1), 0.3))
 
 
 @given(st.integers(2, 300))

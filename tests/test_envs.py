@@ -2,13 +2,13 @@
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import eval as evaluation
 import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import STATS, TASK, tiny_model
 
+import eval as evaluation
 import sft
 import stare_utils
 import vla
@@ -66,12 +66,11 @@ def test_an_episode_depends_on_its_seed_alone(envs):
 
 def test_auto_reset_after_success_starts_a_clean_episode_in_that_env_alone(envs):
     obs, infos = envs.reset(seed=3)
-    for step in range(1, 31):
-        actions = torch.cat([ScriptedExpert(envs).act()[:1], HOLD[:1]])
+    step, terminated = 0, torch.zeros(1)
+    while not terminated.any():
+        actions, step = torch.cat([ScriptedExpert(envs).act()[:1], HOLD[:1]]), step + 1
         obs, reward, terminated, truncated, infos = envs.step(actions)
-        if terminated.any():
-            break
-        assert not infos["_final_info"].any() and (reward == 0).all()
+        assert terminated.any() or step < 30 and not infos["_final_info"].any() and (reward == 0).all()
     assert terminated.tolist() == infos["_final_info"].tolist() == [True, False] and not truncated.any() and reward.tolist() == [1, 0]
     final, seed = infos["final_info"], int(infos["seed"][0])
     assert final["success"][0] and final["stage"][0] == final["furthest_stage"][0] == final["potential"][0] == K
@@ -132,12 +131,13 @@ def test_expert_goes_through_every_stage_in_order_to_success(env_id, envs, reque
     if env_id != "PickCube-v1":
         envs = make_envs(env_id, 2, seed=0)
         request.addfinalizer(envs.close)
-    K, episodes = len(task.stages), run_expert(envs, 6)
+    K, episodes, whole = len(task.stages), run_expert(envs, 8), 0
     solved = [episode for episode in episodes if episode["final"]["success"]]
-    assert len(solved) >= 5
+    assert len(solved) >= 7
     for episode in solved:
         segment = segment_stages(torch.tensor(episode["stage"]), K)
-        assert (segment.diff() >= 0).all() and segment.unique().tolist() == list(range(K))
+        assert (segment.diff() >= 0).all() and segment[0] == 0
+        whole += segment.unique().tolist() == list(range(K))
         assert max(episode["stage"]) < K and episode["final"]["stage"] == K  # success only after the last stage
         assert episode["terminated"] and sum(episode["reward"]) == 1 and episode["final"]["elapsed_steps"] == len(episode["stage"])
         # the shaped return telescopes: discounting aside, the episode pays its success minus what it began with
@@ -146,6 +146,7 @@ def test_expert_goes_through_every_stage_in_order_to_success(env_id, envs, reque
         terminated = torch.arange(len(rewards))[:, None] == len(rewards) - 1
         assert shape_rewards(rewards, phi[:-1], phi[1:], terminated, 1.0, 1 / K).sum().item() == pytest.approx(1 - episode["potential"][0] / K)
         assert phi.max() == phi[-1] == K and episode["potential"][0] < 1
+    assert whole >= 6  # a goal close to the object is reached in one step, and its stage skipped
 
 
 def test_light_meshes_leave_joints_and_collisions_alone():
@@ -183,7 +184,7 @@ def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
                 file[f"traj_0/env_states/{kind}/{name}"] = np.concatenate([state[kind][name].numpy() for state in states])
     (tmp_path / "demos.json").write_text('{"env_info": {"env_id": "PickCube-v1"}, "episodes": [{"episode_id": 0, "control_mode": "pd_ee_delta_pose"}]}')
     monkeypatch.setattr(stare_utils, "make_single_env", lambda env_id: env)
-    rgb, proprio, labels = sft.read_demos(tmp_path / "demos.h5", "PickCube-v1", 9)
+    rgb, proprio, labels, *_ = sft.read_demos(tmp_path / "demos.h5", "PickCube-v1", 9)
     assert torch.equal(labels, torch.cat(actions)) and rgb.dtype == torch.uint8
     assert torch.allclose(proprio, torch.cat([obs["proprio"] for obs in seen[:-1]]), atol=1e-5)
     difference = (rgb.int() - torch.cat([obs["rgb"] for obs in seen[:-1]]).int()).abs()
@@ -234,3 +235,18 @@ def test_evaluation_counts_success_and_stages_of_the_expert(evaluate, endless, m
     assert [row["seed"] - stare_utils.EVAL_SEED for row in rows] == [100_000, 100_001, 100_002]
     assert all(sum(row["stage_steps"]) == row["episode_len"] == 50 for row in rows) and rows[1]["stage_steps"][0] == 50
     assert all(min(row["stage_steps"]) > 0 and row["return"] == row["stage_steps"][K] + 1 for row in (rows[0], rows[2]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"reward": "dense"}, {"stock_camera": True}, {"full_meshes": True}, {"potential": "linear", "potential_across_stages": "bare"}]
+)
+def test_every_option_of_the_simulator_keeps_the_contract(options):
+    envs = make_envs("PickCube-v1", 2, seed=0, **options)
+    check_batch(*envs.reset(seed=0))
+    for _ in range(3):
+        obs, reward, terminated, _, infos = envs.step(ScriptedExpert(envs).act())
+        check_batch(obs, infos)
+        assert (infos["potential"] <= 1).all()  # nothing is grasped in three steps
+        assert (reward > 0).all() == (options.get("reward") == "dense") and (reward < 1).all() and not terminated.any()
+    envs.close()

@@ -1,9 +1,9 @@
 """The model: sampling and teacher forcing agree, a checkpoint is the whole policy, imitation learns."""
-import eval as evaluation
 import pytest
 import torch
 from conftest import STATS, frames, prompt, tiny_model
 
+import eval as evaluation
 import sft
 import sta_ppo
 import sta_tpo

@@ -1,0 +1,155 @@
+"""Every mistake that a user can make ends in one line and exit code 2, and leaves nothing behind."""
+import json
+import shutil
+
+import pytest
+from conftest import call, cli, write_demos
+
+import eval as evaluation
+import sft
+import sta_ppo
+import sta_tpo
+from stare_utils import UserError
+
+SCRIPTS = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo, "eval": evaluation}
+TRAINING = ("sft", "sta_tpo", "sta_ppo")
+
+
+@pytest.fixture
+def refuses(tmp_path):
+    """Calls a script's main and checks that it refuses in one line that holds `words`, and that its output folder stays empty."""
+
+    def check(script, words, *args, output=None):
+        folder = output or tmp_path / "out"
+        before = sorted(folder.rglob("*")) if folder.exists() else []
+        with pytest.raises(UserError) as error:
+            call(SCRIPTS[script], *args, "--output-dir", folder, "--no-cuda")
+        message = str(error.value)
+        assert words in message and "\n" not in message
+        assert (sorted(folder.rglob("*")) if folder.exists() else []) == before
+
+    return check
+
+
+def start(script, checkpoint) -> list:
+    """Flags that a script needs to start at all."""
+    return [] if script == "sft" else ["--checkpoint", checkpoint]
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A checkpoint that may be spoilt."""
+    return shutil.copytree(checkpoint / "checkpoint", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_env_id_names_the_nearest(script, checkpoint, refuses):
+    refuses(script, "PickCube-v1", *start(script, checkpoint), "--env-id", "PickCub-v1")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_envs(script, checkpoint, refuses):
+    refuses(script, "--num-envs", *start(script, checkpoint), "--num-envs", 0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_output_folder_that_cannot_be_written(script, checkpoint, tmp_path):
+    with pytest.raises(UserError, match="cannot write to /dev/null/x"):
+        call(SCRIPTS[script], *start(script, checkpoint), "--output-dir", "/dev/null/x", "--no-cuda")
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_output_folder_that_holds_a_run(script, checkpoint, tmp_path, refuses):
+    shutil.copytree(checkpoint, tmp_path / "run")
+    refuses(script, "--resume", *start(script, checkpoint), output=tmp_path / "run")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_missing_checkpoint(script, tmp_path, refuses):
+    flag = ["--vla", tmp_path / "nowhere", "--demo-path", write_demos(tmp_path / "demos.h5")] if script == "sft" else ["--checkpoint", tmp_path / "nowhere"]
+    refuses(script, "no checkpoint at", *flag)
+
+
+def test_no_checkpoint_to_be_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="python sft.py --env-id Nothing-v1"):
+        sta_ppo.find_checkpoint("Nothing-v1", ("sta_tpo", "sft"))
+
+
+@pytest.mark.parametrize("script", ["sta_tpo", "sta_ppo", "eval"])
+def test_checkpoint_of_another_kind_of_model(script, tmp_path, refuses):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    refuses(script, "llama", "--checkpoint", tmp_path)
+
+
+@pytest.mark.parametrize("script", ["sta_tpo", "sta_ppo", "eval"])
+def test_checkpoint_of_another_env(script, copy, refuses):
+    config = json.loads((copy / "config.json").read_text())
+    config["norm_stats"] = {"Other-v1": config["norm_stats"]["PickCube-v1"]}
+    (copy / "config.json").write_text(json.dumps(config))
+    refuses(script, "Other-v1", "--checkpoint", copy, "--env-id", "PickCube-v1")
+
+
+@pytest.mark.parametrize("spoil", ["model.safetensors", "config.json"])
+def test_checkpoint_with_half_a_file(spoil, copy, refuses):
+    (copy / spoil).write_bytes((copy / spoil).read_bytes()[:100])
+    refuses("eval", str(copy), "--checkpoint", copy)
+
+
+@pytest.mark.parametrize(
+    ("words", "spoil"),
+    [("no actions", {"actions": False}), ("pd_joint_pos", {"control_mode": "pd_joint_pos"}), ("not PickCube-v1", {"env_id": "StackCube-v1"}),
+     ("no successful", {"lengths": ()})],
+)  # fmt: skip
+def test_demonstrations_that_do_not_fit(words, spoil, tmp_path, refuses):
+    refuses("sft", words, "--demo-path", write_demos(tmp_path / "demos.h5", **spoil))
+
+
+@pytest.mark.parametrize("name", ["demos.h5", "demos.json"])
+def test_demonstrations_with_a_file_missing(name, tmp_path, refuses):
+    write_demos(tmp_path / "demos.h5")
+    (tmp_path / name).unlink()
+    refuses("sft", "cannot read", "--demo-path", tmp_path / "demos.h5")
+
+
+def test_sizes_that_do_not_divide(checkpoint, refuses):
+    refuses("sta_ppo", "--num-minibatches 7", "--checkpoint", checkpoint, "--num-minibatches", 7)
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "value"),
+    [("sft", "--batch-size", 0), ("sft", "--num-demos", 0), ("sta_tpo", "--rollouts-per-state", 1), ("sta_tpo", "--chunk-size", 0),
+     ("sta_ppo", "--num-steps", 0), ("sta_ppo", "--num-minibatches", 0), ("eval", "--num-eval-episodes", 0)],
+)  # fmt: skip
+def test_sizes_too_small(script, flag, value, checkpoint, refuses):
+    refuses(script, flag, *start(script, checkpoint), flag, value)
+
+
+def test_results_that_cannot_be_compared(tmp_path, refuses):
+    row = {"method": "SFT", "env_id": "PickCube-v1", "success_once": 0.0, "success_at_end": 0.0, "stage_reach_rate": [0.0] * 4}
+    for name, first in (("a", 0), ("b", 10)):
+        episodes = [{"seed": first + i, "success_once": False} for i in range(3)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({**row, "episodes": episodes}))
+    refuses("eval", "share fewer than two seeds", "--compare", tmp_path / "a.json", tmp_path / "b.json")
+    refuses("eval", "cannot read", "--compare", tmp_path / "a.json", tmp_path / "nowhere.json")
+    (tmp_path / "a.json").write_text("{}")
+    refuses("eval", "cannot read", "--compare", tmp_path / "a.json", tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "script", "args", "env"),
+    [
+        ("PickCube-v1", "sft.py", ["--env-id", "PickCub-v1"], {}),
+        ("--num-minibatches 7", "sta_ppo.py", ["--num-minibatches", 7], {}),
+        ("at least 2", "sta_tpo.py", ["--rollouts-per-state", 1], {}),
+        ("no checkpoint at nowhere", "eval.py", ["--checkpoint", "nowhere"], {}),
+        ("setup.sh", "sft.py", [], {"VK_ICD_FILENAMES": "/nonexistent.json", "VK_DRIVER_FILES": "/nonexistent.json"}),
+    ],
+    ids=["env", "sizes", "tpo", "checkpoint", "renderer"],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(words, script, args, env, tmp_path):
+    done = cli(script, *args, "--output-dir", "out", cwd=tmp_path, **env)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = (line for line in done.stderr.splitlines() if "[svulkan2]" not in line)  # the renderer's own log
+    assert line.startswith("error: ") and words in line
+    assert list(tmp_path.rglob("*")) == []

@@ -1,0 +1,154 @@
+"""What the scripts take from the simulator: PPO's buffer, roll-outs for pairs, demonstrations."""
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import STATS, TASK, call, differing, prompt, tensors
+
+import sta_ppo
+import sta_tpo
+import stare_utils
+import vla
+from stare_utils import ScriptedExpert
+
+ACTIVE, K = ~vla.constant_dims(STATS["action"]), len(TASK.stages)
+
+
+@pytest.fixture
+def ppo(checkpoint, envs, tmp_path, monkeypatch):
+    """sta_ppo.main with the shared simulators, so without their start; returns the run folder."""
+    monkeypatch.setattr(envs, "close", lambda: None)
+    monkeypatch.setattr(sta_ppo, "make_envs", lambda *args, **kwargs: envs)
+
+    def run(name, updates=1, steps=20, *args):
+        call(sta_ppo, "--checkpoint", checkpoint, "--num-envs", 2, "--num-steps", steps, "--num-minibatches", 2, "--total-timesteps", 2 * steps * updates,
+             "--critic-warmup", 0, "--num-eval-episodes", 0, "--no-cuda", "--output-dir", tmp_path / name, *args)  # fmt: skip
+        return tmp_path / name
+
+    return run
+
+
+def test_ppo_shapes_and_bootstraps_with_the_true_next_state(ppo, envs, checkpoint, monkeypatch):
+    """Env 0 acts as the expert and succeeds, env 1 waits until it is truncated; the roll-out goes on into their next episodes."""
+    trace, seen, heads, step, reset, expert = [], {}, [], envs.step, envs.reset, ScriptedExpert(envs)
+    sample_action, compute_gae = sta_ppo.sample_action, sta_ppo.compute_gae
+
+    def record_reset(seed=None):
+        trace[:] = [reset(seed)]
+        return trace[0]
+
+    def record_step(actions):
+        trace.append(step(actions))
+        return trace[-1]
+
+    def act(model, inputs, active):
+        bins = vla.tokenize_actions(torch.cat([expert.act()[:1], torch.tensor([[0.0, 0, 0, 0, 0, 0, 1]])]), STATS["action"])
+        return bins, *sample_action(model, inputs, active)[1:]
+
+    def record_gae(*args):
+        seen.update(zip(("rewards", "values", "next_values", "terminated", "done"), args))
+        seen["head"] = {name: value.clone() for name, value in heads[0].state_dict().items()}
+        return compute_gae(*args)
+
+    class RandomHead(sta_ppo.ValueHead):  # its last layer begins at zero, which would hide the bootstrap
+        def __init__(self, width):
+            super().__init__(width)
+            torch.nn.init.normal_(self.layers[-1].weight)
+            heads.append(self)
+
+    for name, value in (("sample_action", act), ("compute_gae", record_gae), ("ValueHead", RandomHead)):
+        monkeypatch.setattr(sta_ppo, name, value)
+    monkeypatch.setattr(envs, "reset", record_reset)
+    monkeypatch.setattr(envs, "step", record_step)
+    ppo("run", 1, 36, "--shaping-weight", 0.5, "--gamma", 0.9)
+
+    head = RandomHead(64)
+    head.load_state_dict(seen["head"])
+    model, processor, _ = sta_ppo.load_policy(str(checkpoint), torch.device("cpu"))
+
+    @torch.no_grad()
+    def value(obs):
+        return head(model(**prompt(processor, obs), logits_to_keep=1).last_hidden_state[:, -1])
+
+    infos = trace[0][1]
+    for t, (obs, reward, terminated, truncated, next_infos) in enumerate(trace[1:37]):
+        done = terminated | truncated
+        assert torch.equal(seen["terminated"][t], terminated) and torch.equal(seen["done"][t], done)
+        phi, v = next_infos["potential"].clone(), value(obs)
+        if done.any():
+            phi[done], v[done] = next_infos["final_info"]["potential"][done], value(next_infos["final_obs"])[done]
+        expected = reward + 0.5 * (0.9 * phi * ~terminated - infos["potential"])
+        assert torch.allclose(seen["rewards"][t], expected, atol=1e-6), t
+        assert torch.allclose(seen["next_values"][t], v, atol=1e-4), t
+        infos = next_infos
+    assert seen["terminated"].any(0).tolist() == [True, False] and seen["done"][29, 1]  # both kinds of ending were there
+    assert (seen["values"][1:] - seen["next_values"][:-1])[seen["done"][:-1]].abs().min() > 1e-3  # and were no ordinary steps
+
+
+def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
+    sparse, zero, stare = ppo("sparse", 1, 20, "--reward", "sparse"), ppo("zero", 1, 20, "--shaping-weight", 0), ppo("stare")
+    assert differing(sparse / "checkpoint", zero / "checkpoint") == []
+    assert differing(sparse / "checkpoint", stare / "checkpoint")
+
+
+def test_ppo_resumes_from_a_checkpoint_between_fresh_starts(ppo):
+    """Episodes of 50 steps begin anew every third update of 20 steps; the last update of a run need not be such a one."""
+    ppo("run", 1)
+    before = tensors(ppo("run", 1, 20, "--resume") / "checkpoint")
+    assert any(not torch.equal(before[name], value) for name, value in tensors(ppo("run", 2, 20, "--resume") / "checkpoint").items())
+
+
+def test_rollouts_begin_in_the_state_they_are_named_after_and_a_stopped_collection_goes_on(checkpoint, envs, tmp_path, monkeypatch):
+    monkeypatch.setattr(envs, "close", lambda: None)
+    monkeypatch.setattr(sta_tpo, "make_envs", lambda *args, **kwargs: envs)
+    model, processor, _ = sta_tpo.load_policy(str(checkpoint), torch.device("cpu"))
+    arguments = (tmp_path / "rollouts", model, processor, ACTIVE, STATS, sta_tpo.Args(num_envs=2, num_initial_states=2, rollouts_per_state=3))
+    sta_tpo.collect_rollouts(*arguments)
+    rollouts = sta_tpo.read_rollouts(tmp_path / "rollouts")
+    starts = {}
+    for rollout in rollouts:
+        starts.setdefault(rollout["init_seed"], []).append(rollout)
+        assert len(rollout["stage"]) == len(rollout["bins"]) == len(rollout["rgb"]) == len(rollout["distance"]) == 30 and not rollout["success"]
+        assert rollout["stage"].min() >= 0 and rollout["stage"].max() < K and (rollout["distance"] >= 0).all()
+    assert [len(group) for group in starts.values()] == [3, 3] and all(0 <= seed < stare_utils.TRAIN_SEEDS for seed in starts)
+    obs, infos = envs.reset(seed=list(starts))
+    lengths = torch.tensor([stage.length for stage in TASK.stage_table])
+    for i, group in enumerate(starts.values()):
+        for rollout in group:
+            assert torch.equal(rollout["rgb"][0], obs["rgb"][i]) and torch.equal(rollout["proprio"][0], obs["proprio"][i])
+            assert torch.allclose(rollout["distance"][0], infos["stage_distance"][i] / lengths[infos["stage"][i]])
+        assert not torch.equal(group[0]["bins"], group[1]["bins"])
+    # the recorded tokens are what was done
+    first = [group[0] for group in starts.values()]
+    for t in range(1, 4):
+        obs, *_ = envs.step(vla.detokenize_actions(torch.stack([rollout["bins"][t - 1] for rollout in first]), STATS["action"]))
+        assert torch.equal(obs["proprio"], torch.stack([rollout["proprio"][t] for rollout in first]))
+
+    files = sorted((tmp_path / "rollouts").iterdir())
+    kept = {file: file.stat().st_mtime_ns for file in files[2:]}
+    for file in files[:2]:
+        file.unlink()
+    sta_tpo.collect_rollouts(*arguments)
+    assert sorted((tmp_path / "rollouts").iterdir()) == files and all(file.stat().st_mtime_ns == written for file, written in kept.items())
+
+
+def test_demonstrations_are_what_the_simulator_did_and_their_labels_are_clean(sft_run, envs):
+    episodes = json.loads((sft_run / "demos.json").read_text())["episodes"][:2]
+    with h5py.File(sft_run / "demos.h5") as file:
+        demos = [{name: file[f"traj_{i}"][name][:] for name in ("actions", "expert_actions", "obs/proprio", "success")} for i in range(2)]
+        frames = [file[f"traj_{i}/obs/sensor_data/base_camera/rgb"][:] for i in range(2)]
+    for demo, rgb, episode in zip(demos, frames, episodes):
+        length = episode["elapsed_steps"]
+        assert len(demo["actions"]) == length and len(rgb) == len(demo["obs/proprio"]) == length + 1
+        assert demo["success"].tolist() == [False] * (length - 1) + [True]
+        moved = demo["actions"] != demo["expert_actions"]
+        assert moved[:, :3].any() and not moved[:, 3:].any()  # noise on the motion alone
+    obs, _ = envs.reset(seed=[episode["episode_seed"] for episode in episodes])
+    for t in range(min(29, *(episode["elapsed_steps"] - 1 for episode in episodes))):
+        assert all(np.array_equal(obs["proprio"][i], demo["obs/proprio"][t]) for i, demo in enumerate(demos)), t
+        assert all(np.array_equal(obs["rgb"][i], rgb[t]) for i, rgb in enumerate(frames)), t
+        labels = ScriptedExpert(envs).act()
+        assert all(np.allclose(labels[i], demo["expert_actions"][t], atol=1e-6) for i, demo in enumerate(demos)), t
+        obs, *_ = envs.step(torch.from_numpy(np.stack([demo["actions"][t] for demo in demos])))

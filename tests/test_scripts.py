@@ -1,0 +1,106 @@
+"""The scripts as the README calls them: sft.py -> sta_tpo.py -> sta_ppo.py -> eval.py, each finding the run before it. And all of it in ipi.sh."""
+import json
+import math
+import os
+import subprocess
+
+import imageio.v3
+import pytest
+import torch
+from conftest import PPO_UPDATE, ROOT, TASK, differing, output_of, scalars, tensors
+
+import stare_utils
+
+K = len(TASK.stages)
+
+
+def written(run) -> dict:
+    """args.json of a run's checkpoint, after a look at its other files."""
+    files = {file.name for file in (run / "checkpoint").iterdir()}
+    assert {"config.json", "model.safetensors", "args.json", "training_state.pt"} <= files
+    assert list(run.glob("events.out.tfevents.*"))
+    return json.loads((run / "checkpoint/args.json").read_text())
+
+
+def test_sft_makes_demonstrations_and_a_checkpoint_with_statistics(sft_run):
+    assert written(sft_run)["method"] == "SFT"
+    stats = json.loads((sft_run / "checkpoint/config.json").read_text())["norm_stats"]["PickCube-v1"]
+    assert len(stats["action"]["q01"]) == len(stats["action"]["q99"]) == 7 and len(stats["proprio"]["mean"]) == 8
+    episodes = json.loads((sft_run / "demos.json").read_text())["episodes"]
+    assert len(episodes) == 3 and all(episode["success"] and episode["episode_seed"] < stare_utils.TRAIN_SEEDS for episode in episodes)
+
+
+def test_sta_tpo_starts_from_sft_at_ln_2_and_keeps_finished_rollouts(sft_run, tpo_run):
+    args, curves = written(tpo_run), scalars(tpo_run)
+    assert args["method"] == "STA-TPO" and sft_run.name in args["checkpoint"]
+    assert curves["losses/tpo_loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert curves["rewards/margins"][0] == pytest.approx(0, abs=1e-5)
+    assert len(list((tpo_run / "rollouts").iterdir())) == 6 and args["env_steps"] > 37  # the invented four have 37 steps
+    assert differing(sft_run / "checkpoint", tpo_run / "checkpoint")
+
+
+def test_sta_ppo_starts_from_sta_tpo_with_ratio_1_and_kl_0(tpo_run, ppo_run):
+    args, curves = written(ppo_run), scalars(ppo_run)
+    assert args["method"] == "STA-PPO" and tpo_run.name in args["checkpoint"] and args["env_steps"] == 4 * PPO_UPDATE
+    assert all(abs(ratio - 1) < 1e-4 for ratio in curves["losses/first_ratio"]) and len(curves["losses/first_ratio"]) == 4
+    assert all(gap < 1e-3 for gap in curves["losses/rollout_update_logprob_gap"])
+    assert all(abs(kl) < 1e-6 for kl in curves["losses/approx_kl"][:2])  # the policy stands still while the critic warms up
+    assert all(math.isfinite(value) for values in curves.values() for value in values)
+    assert 0 <= curves["eval/success_once"][0] <= 1
+
+
+@pytest.fixture(scope="module")
+def resumed_run(workspace, tpo_run, ppo_run):
+    """The same as ppo_run, stopped after two updates (a copy of that checkpoint is left in stopped/) and resumed."""
+    args = json.loads((ppo_run / "checkpoint/args.json").read_text())
+    flags = [f"--{name.replace('_', '-')}={args[name]}" for name in ("num_envs", "num_steps", "num_minibatches", "critic_warmup", "checkpoint")]
+    run = workspace / "runs/resumed"
+    for total in (2 * PPO_UPDATE, 4 * PPO_UPDATE):
+        output_of("sta_ppo.py", "--env-id", "PickCube-v1", *flags, "--total-timesteps", total, "--num-eval-episodes", 0, "--output-dir", run,
+                  "--resume", "--no-cuda", cwd=workspace)  # fmt: skip
+        if total == 2 * PPO_UPDATE:
+            subprocess.run(["cp", "-r", run / "checkpoint", workspace / "runs/stopped"], check=True)
+    return run
+
+
+def test_ppo_stopped_and_resumed_equals_straight_bit_for_bit(ppo_run, resumed_run):
+    assert "value_head.safetensors/layers.1.weight" in tensors(ppo_run / "checkpoint")
+    assert differing(ppo_run / "checkpoint", resumed_run / "checkpoint") == []
+
+
+def test_critic_warmup_trains_the_value_head_alone_and_then_everything_moves(workspace, tpo_run, ppo_run, resumed_run):
+    before, warm, after = (tensors(folder) for folder in (tpo_run / "checkpoint", workspace / "runs/stopped", ppo_run / "checkpoint"))
+    assert [name for name in before if not torch.equal(before[name], warm[name])] == []
+    assert warm["value_head.safetensors/layers.3.weight"].any()  # begins at zero
+    assert [name for name in warm if torch.equal(warm[name], after[name])] == []
+
+
+@pytest.fixture(scope="module")
+def evaluated(workspace, ppo_run):
+    """What eval.py prints about the end of the chain."""
+    return output_of("eval.py", "--checkpoint", ppo_run, "--num-eval-episodes", 2, "--num-envs", 2, "--capture-video", "--no-cuda", cwd=workspace)
+
+
+def test_eval_writes_a_result_row_and_a_video(evaluated, ppo_run):
+    assert "success_once" in evaluated and all(name in evaluated for name in TASK.stages)
+    row = json.loads((ppo_run / "results.json").read_text())
+    contract = "method env_id seed num_episodes success_once success_at_end stage_reach_rate env_steps wall_s commit command"
+    assert set(contract.split()) <= row.keys()
+    assert (row["method"], row["env_id"], row["seed"], row["num_episodes"], row["env_steps"]) == ("STA-PPO", "PickCube-v1", 1, 2, 4 * PPO_UPDATE)
+    assert len(row["stage_reach_rate"]) == K and row["stage_reach_rate"][-1] == row["success_once"]
+    assert all(episode["seed"] >= stare_utils.EVAL_SEED and episode["episode_len"] == 50 for episode in row["episodes"]) and len(row["episodes"]) == 2
+    frames = imageio.v3.imread(ppo_run / "video.mp4")
+    assert frames.shape == (50, 256, 512, 3) and frames.std() > 10
+
+
+def test_eval_compares_results_on_their_common_seeds(evaluated, ppo_run, workspace):
+    table = output_of("eval.py", "--compare", ppo_run / "results.json", ppo_run / "results.json", cwd=workspace)
+    assert table.count("STA-PPO") == 2 and "+0.000 [+0.000, +0.000]" in table
+
+
+@pytest.mark.slow
+def test_smoke_run_of_the_whole_pipeline_prints_a_table():
+    done = subprocess.run(["./ipi.sh", "PickCube-v1"], cwd=ROOT, env={**os.environ, "SMOKE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("success_once")[-1]  # the last one compares all stages
+    assert [line.split()[0] for line in table.splitlines()[1:4]] == ["SFT", "STA-TPO", "STA-PPO"]
