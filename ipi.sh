@@ -15,8 +15,8 @@ SFT=() TPO=() PPO=() EVAL=(--num-eval-episodes 300)
 if [ "${SMOKE:-0}" = 1 ]; then
   RUNS=runs/smoke
   rm -rf "$RUNS"
-  SFT=(--num-envs 2 --num-demos 2 --num-updates 2)
-  TPO=(--num-envs 2 --num-initial-states 2 --rollouts-per-state 2)
+  SFT=(--num-envs 2 --num-demos 2 --num-updates 2 --vla "checkpoints/${ENV_ID}__sft" --learning-rate 1e-6) # a policy that can make pairs
+  TPO=(--num-envs 2 --num-initial-states 2 --rollouts-per-state 3)
   PPO=(--num-envs 2 --total-timesteps 128)
   EVAL=(--num-envs 2 --num-eval-episodes 2)
 fi

@@ -63,7 +63,7 @@ class Args:
 
     demo_path: str = ""
     """ManiSkill .h5 (its .json beside it); empty: the scripted expert makes `num_demos` demonstrations"""
-    num_demos: int = 400
+    num_demos: int = 500
     """demonstrations that the expert makes, or the most that are read from --demo-path"""
     demo_noise: float = 0.3
     """standard deviation of the noise on the expert's executed motion (action units); the label is the expert's clean action, so the
@@ -73,7 +73,7 @@ class Args:
     """peak of the schedule: linear warm-up, then cosine to zero"""
     warmup_updates: int = 100
     """optimiser steps of warm-up"""
-    num_updates: int = 3000
+    num_updates: int = 2000
     """optimiser steps; a few hundred learn nothing from scratch"""
     batch_size: int = 64
     """frames per optimiser step"""
@@ -294,10 +294,6 @@ def main(args: Args) -> None:
     if not args.demo_path and not path.exists():
         collect_demos(path, args)
     rgb, proprio, actions, where = read_demos(path, args.env_id, args.num_demos)
-    stats = demo_stats(actions, proprio)
-    active = ~vla.constant_dims(stats["action"])
-    bins = vla.tokenize_actions(actions, stats["action"])
-    print(f"{len(rgb)} frames; action dimensions that vary: {active.nonzero()[:, 0].tolist()}; {(time.time() - start):.0f} s so far")
 
     # Model
     state = load_state(output) if args.resume else None
@@ -309,7 +305,12 @@ def main(args: Args) -> None:
         processor = vla.tiny_processor([t.instruction for t in stare_utils.TASKS.values()])
     else:
         model, processor, _ = load_policy(args.vla, device)
+    # A policy that knows the task already keeps the units it was trained in
+    stats = model.config.norm_stats.get(args.env_id) or demo_stats(actions, proprio)
     model.config.norm_stats = {**model.config.norm_stats, args.env_id: stats}
+    active = ~vla.constant_dims(stats["action"])
+    bins = vla.tokenize_actions(actions, stats["action"])
+    print(f"{len(rgb)} frames; action dimensions that vary: {active.nonzero()[:, 0].tolist()}; {(time.time() - start):.0f} s so far")
     aux_head = torch.nn.Linear(model.config.text_config.hidden_size, where.shape[-1]).to(device)
     optimizer = torch.optim.AdamW(
         [*model.parameters(), *aux_head.parameters()], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True

@@ -73,8 +73,8 @@ class Args:
     """pairs and q per stage (STA-TPO); off: one pair per two trajectories, whole-trajectory q (plain TPO)"""
     tpo_reduction: Literal["mean", "sum"] = "mean"
     """q is the mean over a segment's steps (the notes on the paper) or the sum (GRAPE); with sum choose a smaller beta"""
-    beta: float = 1.0
-    """inverse temperature of the preference; raising it trusts each pair less far from the reference"""
+    beta: float = 5.0
+    """inverse temperature of the preference; raising it keeps the policy nearer to the reference"""
     cost_coef: float = 0.1
     """lambda: weight of the stage cost in q^ (costs are in units of L_k)"""
     cost_sign: Literal[-1, 1] = -1
@@ -84,7 +84,7 @@ class Args:
     max_pairs_per_stage: int = 6
     """at most this many pairs per initial state and stage, completions first, so that easy stages do not drown the others"""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     """AdamW, constant"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
@@ -304,9 +304,10 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
     states = rng.choice(TRAIN_SEEDS, args.num_initial_states, replace=False)
     folder.mkdir(exist_ok=True)
     todo = [(int(s), r) for s in states for r in range(args.rollouts_per_state) if not (folder / f"{s}_{r}.npz").exists()]
-    progress = tqdm(total=len(states) * args.rollouts_per_state, initial=len(states) * args.rollouts_per_state - len(todo), desc="roll-outs", disable=None)
     if not todo:
         return
+    total = len(states) * args.rollouts_per_state
+    progress = tqdm(total=total, initial=total - len(todo), desc="roll-outs", unit="episode", disable=None)
     device, N = next(model.parameters()).device, min(args.num_envs, len(todo))
     envs = make_envs(args.env_id, N, 0, backend=args.backend)
     lengths = torch.tensor([stage.length for stage in envs.task.stage_table] + [1.0])

@@ -165,7 +165,8 @@ def test_few_pairs_are_kept_per_state_and_stage_completions_first(rollouts, most
         assert len(of_group[1]) == min(most, len(of_group[0])) and completions[1] == min(most, completions[0])
 
 
-def test_two_pass_gradient_is_that_of_plain_autograd(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("reduction", "sign", "stage_aware"), [("mean", -1, True), ("sum", 1, True), ("mean", -1, False)])
+def test_two_pass_gradient_is_that_of_plain_autograd(reduction, sign, stage_aware, checkpoint, tmp_path, monkeypatch):
     """The real main, two optimiser steps over all pairs, with chunks that end inside segments."""
     rollouts, seen = invent_rollouts([11, 22]), []
 
@@ -179,9 +180,10 @@ def test_two_pass_gradient_is_that_of_plain_autograd(checkpoint, tmp_path, monke
     monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: None)
     monkeypatch.setattr(sta_tpo, "read_rollouts", lambda folder: list(rollouts))
     call(sta_tpo, "--checkpoint", checkpoint, "--output-dir", tmp_path / "run", "--batch-size", 99, "--chunk-size", 7, "--num-epochs", 2, "--beta", 2,
-         "--cost-coef", 0.3, "--max-grad-norm", 1e9, "--learning-rate", 1e-3, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
+         "--cost-coef", 0.3, "--max-grad-norm", 1e9, "--learning-rate", 1e-3, "--num-eval-episodes", 0, "--no-cuda", "--tpo-reduction", reduction,
+         "--cost-sign", sign, "--stage-aware" if stage_aware else "--no-stage-aware")  # fmt: skip
 
-    pairs = sta_tpo.build_stage_pairs(rollouts, 4, sta_tpo.Args().cost_margin, sta_tpo.Args().max_pairs_per_stage)
+    pairs = sta_tpo.build_stage_pairs(rollouts, 4, sta_tpo.Args().cost_margin, sta_tpo.Args().max_pairs_per_stage, stage_aware)
     assert len(pairs) > 8 and {pair["reason"] for pair in pairs} == {"completed", "cost"}
     model, processor, _ = sta_tpo.load_policy(str(checkpoint), torch.device("cpu"))
     active = ~vla.constant_dims(STATS["action"])
@@ -196,10 +198,11 @@ def test_two_pass_gradient_is_that_of_plain_autograd(checkpoint, tmp_path, monke
             p.data.copy_(value)
         model.zero_grad()
         ratio = [(logprobs(rollout) - ref).double() for rollout, ref in zip(rollouts, reference)]
-        q = {(i, k): ratio[i][sta_tpo.segment_stages(r["stage"], 4) == k].mean() for i, r in enumerate(rollouts) for k in range(4)}
+        segments = [sta_tpo.segment_stages(r["stage"], 4) if stage_aware else 0 * r["stage"] for r in rollouts]
+        q = {(i, k): getattr(ratio[i][segments[i] == k], reduction)() for i in range(len(rollouts)) for k in range(4)}
         inputs = [torch.stack([q[pair[side], pair["stage"]] for pair in pairs]) for side in ("chosen", "rejected")]
         costs = [torch.tensor([pair[f"cost_{side}"] for pair in pairs]) for side in ("chosen", "rejected")]
-        expected = -torch.nn.functional.logsigmoid(2 * (inputs[0] - inputs[1] - 0.3 * (costs[0] - costs[1]))).mean()
+        expected = -torch.nn.functional.logsigmoid(2 * (inputs[0] - inputs[1] + sign * 0.3 * (costs[0] - costs[1]))).mean()
         expected.backward()
         assert loss == pytest.approx(expected.item(), abs=1e-5)
         grads = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
