@@ -255,7 +255,7 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, t
             if episode.get("control_mode") != mode:
                 raise UserError(f"{path} has control mode {episode.get('control_mode')}, {env_id} needs {mode}: convert it with "
                                 f"`python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -c {mode} --save-traj`")  # fmt: skip
-            if "obs/proprio" in group:
+            if "geometry" in group:
                 rgb, proprio, where = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group["geometry"][:]
             elif "env_states" in group:
                 env = env or stare_utils.make_single_env(env_id)
@@ -287,24 +287,23 @@ def main(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     seed_everything(args.seed)
-    output, writer = open_run(args, "sft")
 
-    # Demonstrations
-    path = Path(args.demo_path or output / "demos.h5")
-    if not args.demo_path and not path.exists():
-        collect_demos(path, args)
-    rgb, proprio, actions, where = read_demos(path, args.env_id, args.num_demos)
-
-    # Model
-    state = load_state(output) if args.resume else None
-    if state:
-        model, processor, _ = load_policy(str(output), device)
-    elif args.vla == "tiny":
+    # Everything that can be wrong with the input is found before the run folder is made
+    stare_utils.prepare_renderer()
+    demos = read_demos(Path(args.demo_path), args.env_id, args.num_demos) if args.demo_path else None
+    state = load_state(Path(args.output_dir)) if args.resume and args.output_dir else None
+    if state or args.vla != "tiny":
+        model, processor, _ = load_policy(args.output_dir if state else args.vla, device)
+    else:
         model = vla.OpenVLAForActionPrediction(vla.tiny_config()).to(device)
         model.init_action_rows()
         processor = vla.tiny_processor([t.instruction for t in stare_utils.TASKS.values()])
-    else:
-        model, processor, _ = load_policy(args.vla, device)
+    output, writer = open_run(args, "sft")
+    if demos is None:
+        if not (output / "demos.h5").exists():
+            collect_demos(output / "demos.h5", args)
+        demos = read_demos(output / "demos.h5", args.env_id, args.num_demos)
+    rgb, proprio, actions, where = demos
     # A policy that knows the task already keeps the units it was trained in
     stats = model.config.norm_stats.get(args.env_id) or demo_stats(actions, proprio)
     model.config.norm_stats = {**model.config.norm_stats, args.env_id: stats}

@@ -76,7 +76,7 @@ class Args:
     total_timesteps: int = 65536
     """env steps in all, rounded up to whole updates"""
     num_steps: int = 64
-    """T: env steps per env between updates. New episodes begin every ceil(horizon / T) updates, so that a resumed run equals an uninterrupted one"""
+    """T: env steps per env between updates. New episodes begin every ceil(horizon / T) updates; a run resumed there equals an uninterrupted one bit for bit"""
     gamma: float = 0.99
     """discount"""
     gae_lambda: float = 0.95
@@ -291,7 +291,7 @@ def compute_gae(
     deltas = rewards + gamma * next_values * ~terminated - values  # (T, N)
     advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        last = deltas[t] + gamma * gae_lambda * ~done[t] * last
+        last = deltas[t] + gamma * gae_lambda * last * ~done[t]
         advantages[t] = last
     return advantages, advantages + values
 
@@ -331,6 +331,7 @@ def main(args: Args) -> None:
     stats = task_stats(model, args.env_id)
     active = ~vla.constant_dims(stats["action"])
     seed_everything(args.seed)
+    stare_utils.prepare_renderer()
     output, writer = open_run(args, "sta_ppo")
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
     optimizer = torch.optim.AdamW(
@@ -360,7 +361,8 @@ def main(args: Args) -> None:
 
     # ALGO LOGIC: storage, (T, N, ...)
     T, N, A = args.num_steps, args.num_envs, len(active)
-    next_obs, _ = envs.reset(seed=args.seed)
+    next_obs, next_info = envs.reset(seed=args.seed)
+    episode_return = torch.zeros(N)
     obs = {name: torch.zeros(T, *value.shape, dtype=value.dtype) for name, value in next_obs.items()}
     bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
     stages = torch.zeros(T, N, dtype=torch.long, device=device)

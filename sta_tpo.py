@@ -297,17 +297,18 @@ def build_stage_pairs(
     return pairs
 
 
-def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats: dict, args: Args) -> None:
+def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats: dict, args: Args) -> list[Path]:
     """Samples `rollouts_per_state` episodes from each initial state and writes each as an .npz of its own, so that a stopped run goes on
-    where it was. Envs take the next episode as soon as they are free."""
+    where it was. Envs take the next episode as soon as they are free. Returns the files."""
     rng = np.random.default_rng(args.seed)
     states = rng.choice(TRAIN_SEEDS, args.num_initial_states, replace=False)
     folder.mkdir(exist_ok=True)
-    todo = [(int(s), r) for s in states for r in range(args.rollouts_per_state) if not (folder / f"{s}_{r}.npz").exists()]
+    jobs = [(int(s), r) for s in states for r in range(args.rollouts_per_state)]
+    files = [folder / f"{s}_{r}.npz" for s, r in jobs]
+    todo = [job for job, file in zip(jobs, files, strict=True) if not file.exists()]
     if not todo:
-        return
-    total = len(states) * args.rollouts_per_state
-    progress = tqdm(total=total, initial=total - len(todo), desc="roll-outs", unit="episode", disable=None)
+        return files
+    progress = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="roll-outs", unit="episode", disable=None)
     device, N = next(model.parameters()).device, min(args.num_envs, len(todo))
     envs = make_envs(args.env_id, N, 0, backend=args.backend)
     lengths = torch.tensor([stage.length for stage in envs.task.stage_table] + [1.0])
@@ -338,12 +339,13 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
         obs, info = next_obs, next_info
     progress.close()
     envs.close()
+    return files
 
 
-def read_rollouts(folder: Path) -> list[dict]:
-    """The roll-outs of a folder in the order of their names, as dicts of tensors."""
+def read_rollouts(files: list[Path]) -> list[dict]:
+    """Roll-outs as dicts of tensors."""
     rollouts = []
-    for file in sorted(folder.glob("[0-9]*.npz")):
+    for file in files:
         with np.load(file) as data:
             rollout = {name: torch.from_numpy(data[name]) for name in ("rgb", "proprio", "bins", "stage", "distance")}
             rollouts.append({**rollout, "init_seed": int(data["init_seed"]), "success": bool(data["success"])})
@@ -376,11 +378,11 @@ def main(args: Args) -> None:
     stats = task_stats(model, args.env_id)
     active = ~vla.constant_dims(stats["action"])
     seed_everything(args.seed)
+    stare_utils.prepare_renderer()
     output, writer = open_run(args, "sta_tpo")
 
     # Roll-outs of the reference policy, and pairs
-    collect_rollouts(output / "rollouts", model, processor, active, stats, args)
-    rollouts = read_rollouts(output / "rollouts")
+    rollouts = read_rollouts(collect_rollouts(output / "rollouts", model, processor, active, stats, args))
     env_steps = sum(len(rollout["stage"]) for rollout in rollouts)
     stages = task.stages if args.stage_aware else ("trajectory",)
     K = len(task.stages)

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 # Idle OpenMP threads must sleep: spinning ones take the cores from the env processes (a forward is 20x slower). Set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -254,22 +253,23 @@ class StageEnv:
         import mani_skill.envs  # noqa: F401  registers the env ids
         from mani_skill.agents.robots.panda import Panda
         from mani_skill.sensors.camera import CameraConfig
-        from mani_skill.utils.registration import REGISTERED_ENVS
+        from mani_skill.utils.registration import REGISTERED_ENVS, TimeLimitWrapper
         from mani_skill.utils.sapien_utils import look_at
 
         self.task, self.num_envs, self.terminate_on_success = get_task(env_id), num_envs, terminate_on_success
-        self.potential, self.across = potential, potential_across_stages
+        self.potential, self.across, self.backend = potential, potential_across_stages, backend
         if backend == "cpu" and not full_meshes:
             Panda.urdf_path = light_panda()
         views = self.task.views
         cameras = [CameraConfig(f"view_{i}", look_at(*view[:2]), IMAGE_SIZE // len(views), IMAGE_SIZE, view[2], 0.01, 100) for i, view in enumerate(views)]
+        # ManiSkill has no argument that adds a camera: a subclass with ours
         ours = {} if stock_camera else {"_default_sensor_configs": property(lambda env: cameras)}
-        with mock.patch.multiple(REGISTERED_ENVS[env_id].cls, **ours):  # ManiSkill has no argument that adds a camera
-            self.env = gym.make(
-                env_id, num_envs=num_envs, obs_mode="rgb", control_mode=self.task.control_mode, sim_backend=f"physx_{backend}",
-                reward_mode="normalized_dense" if reward == "dense" else "sparse", render_backend="gpu" if torch.cuda.is_available() else "cpu",
-                max_episode_steps=max_episode_steps or self.task.max_episode_steps,
-            )  # fmt: skip
+        env_class = type(env_id, (REGISTERED_ENVS[env_id].cls,), ours)
+        env = env_class(
+            num_envs=num_envs, obs_mode="rgb", control_mode=self.task.control_mode, reward_mode="normalized_dense" if reward == "dense" else "sparse",
+            sim_backend=f"physx_{backend}", render_backend="gpu" if torch.cuda.is_available() else "cpu",
+        )  # fmt: skip
+        self.env = TimeLimitWrapper(env, max_episode_steps or self.task.max_episode_steps)
         self.base = self.env.unwrapped
         self.next_seed = [seed + i for i in range(num_envs)]
         self.furthest = torch.zeros(num_envs, dtype=torch.long, device=self.base.device)
@@ -279,8 +279,10 @@ class StageEnv:
     def reset(self, seed: list[int] | None = None, env_idx: Tensor | None = None) -> tuple[State, State]:
         """Starts episodes in all envs, or in `env_idx` alone. Without a seed the next one of each env's own sequence is used."""
         index = torch.arange(self.num_envs, device=self.base.device) if env_idx is None else env_idx
-        seed = [self.next_seed[i] for i in index.tolist()] if seed is None else seed
-        options = {} if env_idx is None else {"env_idx": env_idx}
+        explicit = seed is not None
+        seed = seed if explicit else [self.next_seed[i] for i in index.tolist()]
+        # PhysX keeps contacts that no reset clears; rebuilding the scene makes an explicitly seeded episode a function of its seed alone
+        options = {"reconfigure": explicit and self.backend == "cpu"} if env_idx is None else {"env_idx": env_idx}
         obs, _ = self.env.reset(seed=seed if len(seed) == self.num_envs else None, options=options)
         for i, s in zip(index.tolist(), seed, strict=True):
             self.next_seed[i] = int(np.random.default_rng(s).integers(TRAIN_SEEDS))
@@ -446,7 +448,7 @@ class StageVectorEnv:
         return {name: torch.from_numpy(np.array(value)) for name, value in batch.items() if name[0] != "_" and not name.startswith("final_")}
 
 
-def prepare_renderer(full_meshes: bool) -> None:
+def prepare_renderer(full_meshes: bool = False) -> None:
     """Chooses the software driver where there is no GPU, makes the light meshes once, and raises UserError when SAPIEN cannot render."""
     import sapien
 
@@ -454,6 +456,7 @@ def prepare_renderer(full_meshes: bool) -> None:
         for driver in Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"):  # the software driver, where several are installed
             os.environ.setdefault("VK_ICD_FILENAMES", str(driver))
         os.environ.setdefault("LP_NUM_THREADS", "0")  # it draws in the process that asks: the env processes are the parallelism
+    sapien.render.set_log_level("off")  # the error below says what its three lines say
     try:
         sapien.render.RenderSystem("cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
@@ -481,7 +484,7 @@ def make_envs(
 
 def make_single_env(env_id: str) -> StageEnv:
     """One StageEnv in this process, for looking at recorded states."""
-    prepare_renderer(full_meshes=False)
+    prepare_renderer()
     env = StageEnv(env_id, 1, "cpu", 0)
     env.reset()
     return env

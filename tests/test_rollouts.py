@@ -105,8 +105,7 @@ def test_rollouts_begin_in_the_state_they_are_named_after_and_a_stopped_collecti
     monkeypatch.setattr(sta_tpo, "make_envs", lambda *args, **kwargs: envs)
     model, processor, _ = sta_tpo.load_policy(str(checkpoint), torch.device("cpu"))
     arguments = (tmp_path / "rollouts", model, processor, ACTIVE, STATS, sta_tpo.Args(num_envs=2, num_initial_states=2, rollouts_per_state=3))
-    sta_tpo.collect_rollouts(*arguments)
-    rollouts = sta_tpo.read_rollouts(tmp_path / "rollouts")
+    rollouts = sta_tpo.read_rollouts(sta_tpo.collect_rollouts(*arguments))
     starts = {}
     for rollout in rollouts:
         starts.setdefault(rollout["init_seed"], []).append(rollout)
