@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
 import imageio
@@ -44,7 +45,7 @@ class Args:
     """evaluation seeds are EVAL_SEED + 100000 * seed + episode, disjoint from those of training"""
     num_envs: int = 8
     """env processes (CPU) or parallel envs (GPU)"""
-    backend: str = "cpu"
+    backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
     cuda: bool = True
     """put the model on the GPU if there is one"""

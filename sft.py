@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
 import h5py
@@ -58,7 +59,7 @@ class Args:
     """task"""
     num_envs: int = 8
     """env processes (CPU) or parallel envs (GPU) that make demonstrations and evaluate"""
-    backend: str = "cpu"
+    backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
 
     demo_path: str = ""
@@ -106,6 +107,8 @@ def write_text(path: Path, text: str) -> None:
 
 def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
+    if args.resume and not args.output_dir:
+        raise UserError("--resume needs the run's --output-dir")
     output = Path(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
         raise UserError(f"cannot write to {output}: {error.strerror}") from None
     if not os.access(output, os.W_OK):
         raise UserError(f"cannot write to {output}: permission denied")
-    if (output / "checkpoint").exists() and not args.resume:
+    if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if args.track:
         import wandb
@@ -125,7 +128,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
 
 
 def save_checkpoint(output: Path, model, processor, args: dict, state: dict, value_head=None) -> None:
-    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step, random numbers), value head.
+    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), value head.
     The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
@@ -134,7 +137,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, val
     write_text(new / "args.json", json.dumps(args, indent=1))
     if value_head is not None:
         save_file(value_head.state_dict(), new / "value_head.safetensors")
-    torch.save({**state, "torch_rng": torch.get_rng_state(), "numpy_rng": np.random.get_state()}, new / "training_state.pt")
+    torch.save(state, new / "training_state.pt")
     shutil.rmtree(old, ignore_errors=True)
     if (output / "checkpoint").exists():
         (output / "checkpoint").rename(old)
@@ -143,15 +146,12 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, val
 
 
 def load_state(output: Path) -> dict | None:
-    """The training state of output/checkpoint with the random numbers put back, or None when there is no checkpoint."""
+    """The training state of output/checkpoint, or None when there is no checkpoint. Random numbers need no saving: every step seeds its own."""
     if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
         (output / "checkpoint.old").rename(output / "checkpoint")
     if not (output / "checkpoint" / "training_state.pt").exists():
         return None
-    state = torch.load(output / "checkpoint" / "training_state.pt", weights_only=False)
-    torch.set_rng_state(state["torch_rng"])
-    np.random.set_state(state["numpy_rng"])
-    return state
+    return torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
 
 
 def load_policy(checkpoint: str, device: torch.device):
@@ -282,7 +282,7 @@ def demo_stats(actions: torch.Tensor, proprio: torch.Tensor) -> dict:
 def main(args: Args) -> None:
     start = time.time()
     task = stare_utils.get_task(args.env_id)
-    for name in ("num_envs", "num_demos", "num_updates", "batch_size"):
+    for name in ("num_envs", "num_demos", "num_updates", "batch_size", "save_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")

@@ -7,7 +7,8 @@
   loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 - c_e * entropy
 The ratio is that of the whole action (sum of its tokens' log-probabilities). Deviations from CleanRL's ppo.py and RL4VLA: a truncated episode
 is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once;
-logged losses are means over the update. To add a task edit TASKS in stare_utils.py and nothing here. `grep STARE` shows what differs from PPO.
+logged losses are means over the update; a critic warm-up, no value clipping. `grep STARE` shows what differs from PPO.
+To add a task edit TASKS in stare_utils.py, nothing here, and imitate it first (sft.py).
 Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
 """
 import json
@@ -58,7 +59,7 @@ class Args:
     """task"""
     num_envs: int = 8
     """env processes (CPU) or parallel envs (GPU)"""
-    backend: str = "cpu"
+    backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
 
     reward: Literal["stare", "sparse", "dense"] = "stare"
@@ -92,7 +93,7 @@ class Args:
     vf_coef: float = 0.5
     """c_v: weight of the value loss"""
     target_kl: float | None = None
-    """stop an update's epochs when the mean KL of a minibatch exceeds this"""
+    """no further epoch in this update once the KL of an epoch's last minibatch exceeds this; without effect at --update-epochs 1"""
     critic_warmup: int = 2
     """updates that train the value head alone, because an untrained critic punishes good actions"""
     learning_rate: float = 1e-4
@@ -134,6 +135,8 @@ def write_text(path: Path, text: str) -> None:
 
 def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
+    if args.resume and not args.output_dir:
+        raise UserError("--resume needs the run's --output-dir")
     output = Path(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -141,7 +144,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
         raise UserError(f"cannot write to {output}: {error.strerror}") from None
     if not os.access(output, os.W_OK):
         raise UserError(f"cannot write to {output}: permission denied")
-    if (output / "checkpoint").exists() and not args.resume:
+    if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if args.track:
         import wandb
@@ -153,7 +156,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
 
 
 def save_checkpoint(output: Path, model, processor, args: dict, state: dict, value_head=None) -> None:
-    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step, random numbers), value head.
+    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), value head.
     The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
@@ -162,7 +165,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, val
     write_text(new / "args.json", json.dumps(args, indent=1))
     if value_head is not None:
         save_file(value_head.state_dict(), new / "value_head.safetensors")
-    torch.save({**state, "torch_rng": torch.get_rng_state(), "numpy_rng": np.random.get_state()}, new / "training_state.pt")
+    torch.save(state, new / "training_state.pt")
     shutil.rmtree(old, ignore_errors=True)
     if (output / "checkpoint").exists():
         (output / "checkpoint").rename(old)
@@ -171,15 +174,12 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, val
 
 
 def load_state(output: Path) -> dict | None:
-    """The training state of output/checkpoint with the random numbers put back, or None when there is no checkpoint."""
+    """The training state of output/checkpoint, or None when there is no checkpoint. Random numbers need no saving: every step seeds its own."""
     if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
         (output / "checkpoint.old").rename(output / "checkpoint")
     if not (output / "checkpoint" / "training_state.pt").exists():
         return None
-    state = torch.load(output / "checkpoint" / "training_state.pt", weights_only=False)
-    torch.set_rng_state(state["torch_rng"])
-    np.random.set_state(state["numpy_rng"])
-    return state
+    return torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
 
 
 def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
@@ -322,12 +322,12 @@ def main(args: Args) -> None:
     K = len(task.stages)
     # STARE: w = 1 / K keeps w * Phi in [0, 1], the range of the value itself, so success never looks like a punishment to a fresh critic
     weight = {"stare": 1 / K if args.shaping_weight < 0 else args.shaping_weight, "sparse": 0.0, "dense": 0.0}[args.reward]
-    if weight > 1 / K and args.critic_warmup == 0:
-        print(f"warning: --shaping-weight {weight} > 1 / K = {1 / K}: reaching the goal looks like a loss to an untrained critic; add --critic-warmup")
+    if weight * (K if args.potential_across_stages == "offset" else 1) > 1 and args.critic_warmup == 0:
+        print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    source = args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
     state = load_state(Path(args.output_dir)) if args.resume and args.output_dir else None
-    model, processor, source = load_policy(args.output_dir if state else source, device)
+    source = state["source"] if state else args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
+    model, processor, folder = load_policy(args.output_dir if state else source, device)
     stats = task_stats(model, args.env_id)
     active = ~vla.constant_dims(stats["action"])
     seed_everything(args.seed)
@@ -339,11 +339,11 @@ def main(args: Args) -> None:
         betas=(0.9, 0.95), weight_decay=0.0, fused=True,
     )  # fmt: skip
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    iteration = 0
+    iteration, recent = 0, []  # recent: (success, unshaped return, length, furthest stage) of the last 100 counted episodes
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        value_head.load_state_dict(load_file(source / "value_head.safetensors"))
-        iteration, start = state["iteration"], start - state["wall_s"]
+        value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+        iteration, recent, start = state["iteration"], state["recent"], start - state["wall_s"]
     print(f"{args.num_iterations} updates of {args.batch_size} steps in {args.num_minibatches} minibatches of {args.minibatch_size}; start: {source}")
 
     envs = make_envs(
@@ -362,28 +362,26 @@ def main(args: Args) -> None:
     # ALGO LOGIC: storage, (T, N, ...)
     T, N, A = args.num_steps, args.num_envs, len(active)
     next_obs, next_info = envs.reset(seed=args.seed)
-    episode_return = torch.zeros(N)
+    episode_return, counts = torch.zeros(N), torch.ones(N, dtype=torch.bool)
     obs = {name: torch.zeros(T, *value.shape, dtype=value.dtype) for name, value in next_obs.items()}
     bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
     stages = torch.zeros(T, N, dtype=torch.long, device=device)
     logprobs, env_rewards, potentials, next_potentials, values, next_values = (torch.zeros(T, N, device=device) for _ in range(6))
     terminated, done = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(2))
 
-    recent = []  # (success, unshaped return, length, furthest stage) of the last 100 training episodes
     progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step", disable=None)
     while iteration < args.num_iterations:
         # The iteration alone decides its random numbers and episodes: whoever resumes here goes on exactly as if never stopped
         torch.manual_seed(args.seed * 1_000_003 + iteration)
         if iteration % fresh == 0:
             next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + iteration * N) % stare_utils.TRAIN_SEEDS)
-            episode_return = torch.zeros(N)
-        if args.anneal_lr:
-            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = rate * (1 - iteration / args.num_iterations)
+            # Only the first episode of each env counts in the statistics: a second one fits into the roll-out only after a quick success
+            episode_return, counts = torch.zeros(N), torch.ones(N, dtype=torch.bool)
+        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = rate * (1 - iteration / args.num_iterations if args.anneal_lr else 1)
 
         # TRY NOT TO MODIFY: roll-out
         time_rollout = time.time()
-        model.eval()
         for t in range(T):
             for name, value in next_obs.items():
                 obs[name][t] = value
@@ -400,10 +398,10 @@ def main(args: Args) -> None:
                 ended, final = next_info["_final_info"].cpu(), next_info["final_info"]
                 next_potentials[t, ended] = final["potential"].to(device)[ended]
                 next_values[t, ended] = value_of({name: value[ended] for name, value in next_info["final_obs"].items()})
-                for i in ended.nonzero()[:, 0].tolist():
+                for i in (ended & counts).nonzero()[:, 0].tolist():
                     furthest = int(final["furthest_stage"][i])
                     recent.append([float(furthest == K), float(episode_return[i]), float(final["elapsed_steps"][i]), furthest])
-                episode_return[ended] = 0
+                episode_return[ended], counts[ended] = 0, False
         recent = recent[-100:]
         # V of the true next state: the next row's value, the bootstrap after the last row, V(final_obs) (set above) at an episode's end
         following = torch.cat([values[1:], value_of(next_obs)[None]])
@@ -427,8 +425,9 @@ def main(args: Args) -> None:
             for mb in torch.randperm(args.batch_size).split(args.minibatch_size):
                 inputs = policy_inputs({name: value[mb] for name, value in b_obs.items()})
                 mb_idx = mb.to(device)
-                newlogprob, entropy, hidden, _ = action_logprob(model, inputs, b_bins[mb_idx], active)
-                newvalue = value_head(hidden.detach() if warmup else hidden)
+                with torch.set_grad_enabled(not warmup):  # the critic's warm-up leaves the VLA as it is
+                    newlogprob, entropy, hidden, _ = action_logprob(model, inputs, b_bins[mb_idx], active)
+                newvalue = value_head(hidden)
                 logratio = newlogprob - b_logprobs[mb_idx]
                 ratio = logratio.exp()  # (B,): one ratio per action
                 mb_advantages = b_advantages[mb_idx]
@@ -467,21 +466,22 @@ def main(args: Args) -> None:
             success, episodic_return, length, furthest = np.mean(recent, 0)
             scalars |= {"charts/success_once": success, "charts/episodic_return": episodic_return, "charts/episodic_length": length,
                         "charts/furthest_stage": furthest}  # fmt: skip
-            scalars |= {f"stage/{k}_{name}_reached": float(np.mean([row[3] > k for row in recent])) for k, name in enumerate(task.stages)}
+            scalars |= {f"stage/{k}_{name}_completed": float(np.mean([row[3] > k for row in recent])) for k, name in enumerate(task.stages)}
         progress.update(args.batch_size)
         if args.eval_freq and iteration % args.eval_freq == 0 and args.num_eval_episodes and iteration < args.num_iterations:
             result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
             scalars |= {"eval/success_once": result["success_once"], "eval/success_at_end": result["success_at_end"]}
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)
-        print(f"step {global_step}: success {scalars.get('charts/success_once', 0):.2f} length {scalars.get('charts/episodic_length', 0):.1f} "
+        print(f"step {global_step}: success {scalars.get('charts/success_once', np.nan):.2f} length {scalars.get('charts/episodic_length', np.nan):.1f} "
               f"kl {scalars['losses/approx_kl']:.4f} clip {scalars['losses/clipfrac']:.2f} ev {scalars['losses/explained_variance']:.2f} "
               f"entropy {scalars['losses/entropy']:.1f} SPS {scalars['charts/SPS']:.0f}", flush=True)  # fmt: skip
         if iteration % (-(-args.save_freq // fresh) * fresh) == 0 or iteration == args.num_iterations:
             wall = time.time() - start
             method = {"stare": "STA-PPO", "sparse": "PPO", "dense": "PPO-dense"}[args.reward]
-            save_checkpoint(output, model, processor, {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step,
-                            "wall_s": round(wall, 1)}, {"optimizer": optimizer.state_dict(), "iteration": iteration, "wall_s": wall}, value_head)  # fmt: skip
+            state = {"optimizer": optimizer.state_dict(), "iteration": iteration, "recent": recent, "source": str(source), "wall_s": wall}
+            info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
+            save_checkpoint(output, model, processor, info, state, value_head)
     progress.close()
     envs.close()
 

@@ -60,9 +60,7 @@ class Args:
     env_id: str = "PickCube-v1"
     """task"""
     num_envs: int = 8
-    """env processes (CPU) or parallel envs (GPU) for roll-outs and evaluation"""
-    backend: str = "cpu"
-    """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
+    """env processes for roll-outs and evaluation"""
 
     num_initial_states: int = 64
     """different initial states"""
@@ -115,6 +113,8 @@ def write_text(path: Path, text: str) -> None:
 
 def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
+    if args.resume and not args.output_dir:
+        raise UserError("--resume needs the run's --output-dir")
     output = Path(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
         raise UserError(f"cannot write to {output}: {error.strerror}") from None
     if not os.access(output, os.W_OK):
         raise UserError(f"cannot write to {output}: permission denied")
-    if (output / "checkpoint").exists() and not args.resume:
+    if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if args.track:
         import wandb
@@ -134,7 +134,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
 
 
 def save_checkpoint(output: Path, model, processor, args: dict, state: dict, value_head=None) -> None:
-    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step, random numbers), value head.
+    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), value head.
     The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
@@ -143,7 +143,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, val
     write_text(new / "args.json", json.dumps(args, indent=1))
     if value_head is not None:
         save_file(value_head.state_dict(), new / "value_head.safetensors")
-    torch.save({**state, "torch_rng": torch.get_rng_state(), "numpy_rng": np.random.get_state()}, new / "training_state.pt")
+    torch.save(state, new / "training_state.pt")
     shutil.rmtree(old, ignore_errors=True)
     if (output / "checkpoint").exists():
         (output / "checkpoint").rename(old)
@@ -152,15 +152,12 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, val
 
 
 def load_state(output: Path) -> dict | None:
-    """The training state of output/checkpoint with the random numbers put back, or None when there is no checkpoint."""
+    """The training state of output/checkpoint, or None when there is no checkpoint. Random numbers need no saving: every step seeds its own."""
     if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
         (output / "checkpoint.old").rename(output / "checkpoint")
     if not (output / "checkpoint" / "training_state.pt").exists():
         return None
-    state = torch.load(output / "checkpoint" / "training_state.pt", weights_only=False)
-    torch.set_rng_state(state["torch_rng"])
-    np.random.set_state(state["numpy_rng"])
-    return state
+    return torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
 
 
 def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
@@ -310,7 +307,7 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
         return files
     progress = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="roll-outs", unit="episode", disable=None)
     device, N = next(model.parameters()).device, min(args.num_envs, len(todo))
-    envs = make_envs(args.env_id, N, 0, backend=args.backend)
+    envs = make_envs(args.env_id, N, 0)  # CPU physics: GPU simulation seeds a batch as a whole and cannot repeat one initial state
     lengths = torch.tensor([stage.length for stage in envs.task.stage_table] + [1.0])
     queue, current = iter(todo), []
     current = [next(queue) for _ in range(N)]
@@ -367,19 +364,24 @@ def print_pairs(pairs: list[dict], rollouts: list[dict], stages: tuple[str, ...]
 def main(args: Args) -> None:
     start = time.time()
     task = stare_utils.get_task(args.env_id)
-    for name in ("num_envs", "num_initial_states", "num_epochs", "batch_size", "chunk_size"):
+    for name in ("num_envs", "num_initial_states", "num_epochs", "batch_size", "chunk_size", "save_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.rollouts_per_state < 2:
         raise UserError(f"--rollouts-per-state must be at least 2 to make pairs, not {args.rollouts_per_state}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    source = args.checkpoint or find_checkpoint(args.env_id, ("sft",))
+    record = Path(args.output_dir) / "source.txt"  # roll-outs and reference belong to one policy: a resumed run keeps it
+    recorded = record.read_text() if args.resume and args.output_dir and record.exists() else ""
+    if recorded and args.checkpoint and Path(recorded) != load_policy(args.checkpoint, device)[2]:
+        raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {args.checkpoint}: choose another --output-dir")
+    source = recorded or args.checkpoint or find_checkpoint(args.env_id, ("sft",))
     model, processor, source = load_policy(source, device)
     stats = task_stats(model, args.env_id)
     active = ~vla.constant_dims(stats["action"])
     seed_everything(args.seed)
     stare_utils.prepare_renderer()
     output, writer = open_run(args, "sta_tpo")
+    write_text(output / "source.txt", str(source))
 
     # Roll-outs of the reference policy, and pairs
     rollouts = read_rollouts(collect_rollouts(output / "rollouts", model, processor, active, stats, args))
@@ -469,13 +471,14 @@ def main(args: Args) -> None:
         progress.set_postfix_str(f"loss {scalars['losses/tpo_loss']:.3f} accuracy {scalars['rewards/accuracies']:.2f}")
         if step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch:
             wall = time.time() - start
-            save_checkpoint(output, model, processor, {**asdict(args), "checkpoint": str(source), "method": "STA-TPO" if args.stage_aware else "TPO",
-                            "env_steps": env_steps, "wall_s": round(wall, 1)}, {"optimizer": optimizer.state_dict(), "step": step, "wall_s": wall})  # fmt: skip
+            method = "STA-TPO" if args.stage_aware else "TPO"
+            info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": env_steps, "wall_s": round(wall, 1)}
+            save_checkpoint(output, model, processor, info, {"optimizer": optimizer.state_dict(), "step": step, "wall_s": wall})
             print(f"update {step}: loss {scalars['losses/tpo_loss']:.4f} margin {scalars['rewards/margins']:+.3f} accuracy {scalars['rewards/accuracies']:.2f}")
     progress.close()
 
     if args.num_eval_episodes:
-        result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
+        result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs)
         for key in ("success_once", "success_at_end"):
             writer.add_scalar(f"eval/{key}", result[key], step)
         print(f"success_once {result['success_once']:.3f} over {args.num_eval_episodes} episodes")

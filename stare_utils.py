@@ -473,6 +473,7 @@ def make_envs(
 ) -> StageVectorEnv:
     """Vectorised envs of a task. backend: "cpu" (one process per env) or "cuda" (ManiSkill's GPU simulation); kwargs: of StageEnv.
 
+    On the CPU an explicitly seeded episode is a function of its seed; GPU simulation draws a whole batch from its first seed.
     Raises UserError on an unknown env id, num_envs < 1, or when there is no renderer.
     """
     get_task(env_id)
