@@ -64,7 +64,7 @@ class Args:
 
     demo_path: str = ""
     """ManiSkill .h5 (its .json beside it); empty: the scripted expert makes `num_demos` demonstrations"""
-    num_demos: int = 300
+    num_demos: int = 220
     """demonstrations that the expert makes, or the most that are read from --demo-path"""
     demo_noise: float = 0.3
     """standard deviation of the noise on the expert's executed motion (action units); the label is the expert's clean action, so the
@@ -74,7 +74,7 @@ class Args:
     """peak of the schedule: linear warm-up, then cosine to zero"""
     warmup_updates: int = 100
     """optimiser steps of warm-up"""
-    num_updates: int = 1200
+    num_updates: int = 950
     """optimiser steps; a few hundred learn nothing from scratch"""
     batch_size: int = 64
     """frames per optimiser step"""
