@@ -199,10 +199,10 @@ def task_stats(model, env_id: str) -> dict:
 
 
 @torch.no_grad()
-def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False):
+def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False, temperature: float = 1.0):
     """One action by autoregressive decoding over the action bins alone, with a key-value cache.
 
-    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
+    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed). The policy is softmax(logits / temperature).
     Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
     """
     config, mask = model.config, inputs["attention_mask"]
@@ -220,13 +220,13 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
             tokens, fed = end - 1 - torch.stack(bins[fed:], -1), a
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
             out = model(tokens, mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
+        logp = (out.logits[:, -1, end - n : end].flip(-1).float() / temperature).log_softmax(-1)  # (B, n), bin 0 first
         bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
         logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
     return torch.stack(bins, -1), logprob, hidden
 
 
-def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
+def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor, temperature: float = 1.0):
     """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
 
     inputs: the processor's; bins: (B, A) long; active: (A,) bool. Returns logprob (B,) fp32 = sum over active tokens,
@@ -236,7 +236,7 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     ids = torch.cat([inputs["input_ids"], end - 1 - bins[:, :-1]], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
     out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
-    logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
+    logp = (out.logits[..., end - n : end].flip(-1).float() / temperature).log_softmax(-1)  # (B, A, n), bin 0 first
     active = active.to(bins.device)
     logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)

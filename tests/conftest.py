@@ -150,7 +150,7 @@ def tpo_run(workspace, sft_run) -> Path:
     (run / "rollouts").mkdir(parents=True)
     for i, rollout in enumerate(invent_rollouts([init_seed])):
         np.savez(run / f"rollouts/{init_seed}_{i}.npz", **{name: np.asarray(value) for name, value in rollout.items()})
-    output_of("sta_tpo.py", "--env-id", "PickCube-v1", "--num-initial-states", 1, "--rollouts-per-state", 6, "--num-envs", 2, "--cost-coef", 0,
+    output_of("sta_tpo.py", "--resume", "--env-id", "PickCube-v1", "--num-initial-states", 1, "--rollouts-per-state", 6, "--num-envs", 2, "--cost-coef", 0,
               "--batch-size", 4, "--num-eval-episodes", 0, "--output-dir", run, "--no-cuda", cwd=workspace)  # fmt: skip
     return run
 

@@ -43,7 +43,7 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(ppo, envs, checkpoin
         trace.append(step(actions))
         return trace[-1]
 
-    def act(model, inputs, active):
+    def act(model, inputs, active, **kwargs):
         bins = vla.tokenize_actions(torch.cat([expert.act()[:1], torch.tensor([[0.0, 0, 0, 0, 0, 0, 1]])]), STATS["action"])
         return bins, *sample_action(model, inputs, active)[1:]
 
