@@ -309,7 +309,7 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
     device, N = next(model.parameters()).device, min(args.num_envs, len(todo))
     envs = make_envs(args.env_id, N, 0)  # CPU physics: GPU simulation seeds a batch as a whole and cannot repeat one initial state
     lengths = torch.tensor([stage.length for stage in envs.task.stage_table] + [1.0])
-    queue, current = iter(todo), []
+    queue = iter(todo)
     current = [next(queue) for _ in range(N)]
     obs, info = envs.reset(seed=[s for s, _ in current])
     ahead = [next(queue, None) for _ in range(N)]  # what each env plays after its present episode

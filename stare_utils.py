@@ -207,7 +207,7 @@ def shape_rewards(
 # Environments
 # ---------------------------------------------------------------------------------------------------------------------
 def light_panda() -> str:
-    """Path of a Panda URDF whose visual meshes have 5 % of the triangles (135,548 -> 6,813), made once in the user's cache.
+    """Path of a Panda URDF whose visual meshes have 5 % of the triangles (134,924 -> 6,813), made once in the user's cache.
 
     A software renderer spends three quarters of a frame on them. Collision meshes are untouched: the physics is the same.
     """
