@@ -10,7 +10,6 @@ Letters: N envs, T steps, K stages, A action dimensions, B batch, D hidden width
 """
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 import vla
-from stare_utils import EVAL_SEED, UserError, make_envs
+from stare_utils import EVAL_SEED, UserError, make_envs, make_folder
 
 
 @dataclass
@@ -247,13 +246,7 @@ def main(args: Args) -> None:
     env_id = args.env_id or next(iter(model.config.norm_stats), "")
     stare_utils.get_task(env_id)
     task_stats(model, env_id)
-    output = Path(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}") from None
-    if not os.access(output, os.W_OK):
-        raise UserError(f"cannot write to {output}: permission denied")
+    output = make_folder(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
     start = time.time()
     video = output / "video.mp4" if args.capture_video else None
     result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend,

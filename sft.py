@@ -10,7 +10,6 @@ never vary are left out of the loss; (3) the default model is trained from scrat
 Letters: B batch, M frames, A action tokens, D hidden width.
 """
 import json
-import os
 import random
 import shutil
 import sys
@@ -35,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
-from stare_utils import EE_STEP, TRAIN_SEEDS, ScriptedExpert, UserError, make_envs
+from stare_utils import EE_STEP, TRAIN_SEEDS, ScriptedExpert, UserError, make_envs, make_folder
 
 
 @dataclass
@@ -64,17 +63,23 @@ class Args:
 
     demo_path: str = ""
     """ManiSkill .h5 (its .json beside it); empty: the scripted expert makes `num_demos` demonstrations"""
-    num_demos: int = 220
+    num_demos: int = 300
     """demonstrations that the expert makes, or the most that are read from --demo-path"""
-    demo_noise: float = 0.3
+    demo_speed: float = 0.15
+    """the expert moves by at most this share of a full step along each axis: demonstrations are slow and careful, as people's are, and what
+    imitation then loses to the horizon is there for reinforcement to win; 1 is the expert itself"""
+    demo_noise: float = 0.15
     """standard deviation of the noise on the expert's executed motion (action units); the label is the expert's clean action, so the
     policy sees how to recover (DART, Laskey et al. 2017)"""
+    demo_slip: float = 0.04
+    """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right
+    action, so the policy sees how to try again"""
 
     learning_rate: float = 1e-3
     """peak of the schedule: linear warm-up, then cosine to zero"""
     warmup_updates: int = 100
     """optimiser steps of warm-up"""
-    num_updates: int = 950
+    num_updates: int = 1400
     """optimiser steps; a few hundred learn nothing from scratch"""
     batch_size: int = 64
     """frames per optimiser step"""
@@ -83,6 +88,9 @@ class Args:
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
 
+    label_jitter: float = 4.0
+    """standard deviation, in bins, of noise on each target at every draw: cross-entropy against a soft target over neighbouring bins. The
+    policy becomes smooth in the action, which is what exploration and policy gradients need; 0 leaves the demonstrated bin alone"""
     aux_coef: float = 1.0
     """weight of the auxiliary loss: the hidden state that predicts the first action token also tells where object and goal are (from the
     simulator's state, demonstrations only). The tiny model learns to see with it; 0 leaves pure cross-entropy"""
@@ -109,13 +117,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run's --output-dir")
-    output = Path(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}") from None
-    if not os.access(output, os.W_OK):
-        raise UserError(f"cannot write to {output}: permission denied")
+    output = make_folder(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if args.track:
@@ -197,15 +199,22 @@ def collect_demos(path: Path, args: Args) -> None:
     `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels) and `geometry` (T x 6)."""
     envs = make_envs(args.env_id, args.num_envs, args.seed, backend=args.backend)
     expert, episodes, kept = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], []
-    rng = np.random.default_rng(args.seed)
+    rng, K = np.random.default_rng(args.seed), envs.num_stages
+    slip, slip_left = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(2))
     obs, info = envs.reset(seed=[int(s) for s in rng.integers(TRAIN_SEEDS, size=args.num_envs)])
     progress = tqdm(total=args.num_demos, desc="demonstrations", unit="episode", disable=None)
     with h5py.File(path.with_suffix(".tmp"), "w") as file:
         while len(kept) < args.num_demos:
-            label = expert.act()
+            begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_slip) & (slip_left == 0)
+            slip[begin], slip_left[begin] = (torch.from_numpy(rng.integers(*span, args.num_envs))[begin] for span in ((1, K), (3, 9)))
+            label, wrong = expert.act(), expert.act(slip)
+            for move in (label, wrong):
+                move[:, :3] = move[:, :3].clamp(-args.demo_speed, args.demo_speed)
             noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float()
-            noise[:, 3:] = 0  # translation alone: a disturbed gripper drops the object, a disturbed wrist is out of the expert's reach
-            action = (label + noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-1, 1)
+            noise[:, 3:] = 0  # translation alone: a disturbed wrist is out of the expert's reach
+            played = torch.where(slip_left[:, None] > 0, wrong, label)
+            action = (played + noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-1, 1)
+            slip_left = (slip_left - 1).clamp(min=0)
             next_obs, _, _, _, next_info = envs.step(action)
             for i in range(args.num_envs):
                 episodes[i].append((obs["rgb"][i].cpu(), obs["proprio"][i].cpu(), action[i].cpu(), label[i].cpu(), info["geometry"][i].cpu()))
@@ -222,7 +231,7 @@ def collect_demos(path: Path, args: Args) -> None:
                         kept.append({"episode_id": len(kept), "episode_seed": int(info["seed"][i]), "control_mode": envs.task.control_mode,
                                      "elapsed_steps": len(actions), "success": True})  # fmt: skip
                         progress.update()
-                    episodes[i] = []
+                    episodes[i], slip_left[i] = [], 0
             obs, info = next_obs, next_info
     progress.close()
     envs.close()
@@ -324,9 +333,11 @@ def main(args: Args) -> None:
     progress = trange(args.num_updates, initial=step, desc="sft", unit="update", disable=None)
     while step < args.num_updates:
         # The step alone decides its batch, so that a resumed run sees the same data
-        index = torch.randint(len(rgb), (args.batch_size,), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        index = torch.randint(len(rgb), (args.batch_size,), generator=generator)
         inputs = processor(rgb[index], [task.instruction] * len(index), proprio[index], stats["proprio"], device)
-        mb_bins = bins[index].to(device)
+        jitter = args.label_jitter * torch.randn(bins[index].shape, generator=generator)
+        mb_bins = (bins[index] + jitter.round().long()).clamp(0, model.config.n_action_bins - 1).to(device)
         fraction = step / args.num_updates
         optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / args.warmup_updates, 0.5 * (1 + np.cos(np.pi * fraction)))
 
@@ -336,7 +347,7 @@ def main(args: Args) -> None:
         loss = ce + args.aux_coef * aux_loss
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_([*model.parameters(), *aux_head.parameters()], args.max_grad_norm)
         optimizer.step()
         step += 1
 

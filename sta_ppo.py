@@ -12,7 +12,6 @@ To add a task edit TASKS in stare_utils.py, nothing here, and imitate it first (
 Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
 """
 import json
-import os
 import random
 import shutil
 import sys
@@ -35,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
-from stare_utils import UserError, make_envs, shape_rewards
+from stare_utils import UserError, make_envs, make_folder, shape_rewards
 
 
 @dataclass
@@ -76,18 +75,18 @@ class Args:
 
     total_timesteps: int = 65536
     """env steps in all, rounded up to whole updates"""
-    num_steps: int = 64
+    num_steps: int = 128
     """T: env steps per env between updates. New episodes begin every ceil(horizon / T) updates; a run resumed there equals an uninterrupted one bit for bit"""
-    temperature: float = 0.5
+    temperature: float = 1.0
     """of the policy's softmax, in roll-outs and ratio alike. A small imitated policy is broad: at 1 it succeeds less often than its own argmax,
     which is what evaluation plays"""
     gamma: float = 0.99
     """discount"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.5
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
     """optimiser steps per epoch; num_envs * num_steps must divide by it"""
-    update_epochs: int = 1
+    update_epochs: int = 2
     """passes over each roll-out"""
     clip_coef: float = 0.2
     """eps of the clipped ratio"""
@@ -98,8 +97,9 @@ class Args:
     target_kl: float | None = None
     """no further epoch in this update once the KL of an epoch's last minibatch exceeds this; without effect at --update-epochs 1"""
     critic_warmup: int = 2
-    """updates that train the value head alone, because an untrained critic punishes good actions"""
-    learning_rate: float = 2e-5
+    """updates in which the VLA's learning rate is 0: an untrained critic punishes good actions, and Adam's first steps, whose moments are
+    those of one minibatch, are the largest"""
+    learning_rate: float = 3e-5
     """AdamW, all weights of the VLA; at 1e-4 Adam's first steps move a tiny VLA by 0.3 nats of KL"""
     value_learning_rate: float = 1e-3
     """AdamW, value head"""
@@ -140,13 +140,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run's --output-dir")
-    output = Path(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}") from None
-    if not os.access(output, os.W_OK):
-        raise UserError(f"cannot write to {output}: permission denied")
+    output = make_folder(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if args.track:
@@ -382,6 +376,8 @@ def main(args: Args) -> None:
             episode_return, counts = torch.zeros(N), torch.ones(N, dtype=torch.bool)
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * (1 - iteration / args.num_iterations if args.anneal_lr else 1)
+        if iteration < args.critic_warmup:
+            optimizer.param_groups[0]["lr"] = 0.0  # the VLA stands still, while Adam's moments of its gradients settle
 
         # TRY NOT TO MODIFY: roll-out
         time_rollout = time.time()
@@ -423,13 +419,11 @@ def main(args: Args) -> None:
 
         # Optimizing the policy and value network
         history = []  # a row per minibatch
-        warmup = iteration < args.critic_warmup
         for _ in range(args.update_epochs):
             for mb in torch.randperm(args.batch_size).split(args.minibatch_size):
                 inputs = policy_inputs({name: value[mb] for name, value in b_obs.items()})
                 mb_idx = mb.to(device)
-                with torch.set_grad_enabled(not warmup):  # the critic's warm-up leaves the VLA as it is
-                    newlogprob, entropy, hidden, _ = action_logprob(model, inputs, b_bins[mb_idx], active, args.temperature)
+                newlogprob, entropy, hidden, _ = action_logprob(model, inputs, b_bins[mb_idx], active, args.temperature)
                 newvalue = value_head(hidden)
                 logratio = newlogprob - b_logprobs[mb_idx]
                 ratio = logratio.exp()  # (B,): one ratio per action
@@ -440,7 +434,7 @@ def main(args: Args) -> None:
                 pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
                 # Value loss
                 v_loss = 0.5 * (newvalue - b_returns[mb_idx]).square().mean()
-                loss = args.vf_coef * v_loss if warmup else pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
+                loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_([*model.parameters(), *value_head.parameters()], args.max_grad_norm)

@@ -13,7 +13,6 @@ Letters: R roll-outs, T steps, K stages, P pairs, S steps of all pairs in a batc
 """
 import json
 import math
-import os
 import random
 import shutil
 import sys
@@ -37,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
-from stare_utils import TRAIN_SEEDS, UserError, make_envs, segment_stages, stage_costs
+from stare_utils import TRAIN_SEEDS, UserError, make_envs, make_folder, segment_stages, stage_costs
 
 
 @dataclass
@@ -81,6 +80,8 @@ class Args:
     """when both roll-outs finished a stage, the cheaper one wins only by this margin (in units of L_k)"""
     max_pairs_per_stage: int = 6
     """at most this many pairs per initial state and stage, completions first, so that easy stages do not drown the others"""
+    temperature: float = 1.0
+    """of the policy's softmax, in roll-outs and q alike, as in sta_ppo.py"""
 
     learning_rate: float = 2e-5
     """AdamW, constant"""
@@ -115,13 +116,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run's --output-dir")
-    output = Path(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}") from None
-    if not os.access(output, os.W_OK):
-        raise UserError(f"cannot write to {output}: permission denied")
+    output = make_folder(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if args.track:
@@ -317,7 +312,7 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
     episodes = [[] for _ in range(N)]
     while any(current):
         inputs = processor(obs["rgb"], [envs.task.instruction] * N, obs["proprio"], stats.get("proprio"), device)
-        bins, _, _ = sample_action(model, inputs, active)
+        bins, _, _ = sample_action(model, inputs, active, temperature=args.temperature)
         next_obs, _, _, _, next_info = envs.step(vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins))
         distance = info["stage_distance"].cpu() / lengths[info["stage"].cpu()]
         for i in range(N):
@@ -408,7 +403,7 @@ def main(args: Args) -> None:
     def logprobs(steps: torch.Tensor) -> torch.Tensor:
         """Log-probability (B,) fp32 of the actions taken at these steps (B,)."""
         inputs = processor(rgb[steps], [task.instruction] * len(steps), proprio[steps], stats.get("proprio"), device)
-        return action_logprob(model, inputs, bins[steps].to(device), active)[0]
+        return action_logprob(model, inputs, bins[steps].to(device), active, args.temperature)[0]
 
     with torch.no_grad():  # the reference is the policy before its first step
         ref_logprobs = torch.cat([logprobs(steps).cpu() for steps in tqdm(torch.arange(used).split(args.chunk_size), desc="reference", disable=None)])

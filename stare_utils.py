@@ -35,6 +35,18 @@ class UserError(Exception):
     """A mistake that a user can make. Scripts print its one line and exit with code 2."""
 
 
+def make_folder(path: str | Path) -> Path:
+    """Makes the folder where there is none. Raises UserError where nothing can be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: permission denied")
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks: one entry each. Thresholds in metres, radians and seconds.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,10 +334,12 @@ class StageEnv:
         return {**signals, "furthest_stage": self.furthest.clone(), "success": info["success"], "seed": self.seeds.clone(),
                 "elapsed_steps": self.base.elapsed_steps.long().clone(), "geometry": geometry(self.state)}  # fmt: skip
 
-    def expert_action(self) -> Tensor:
-        """The expert's action for the present state, (N, A). A function of the state alone, so it needs no reset."""
+    def expert_action(self, slip: Tensor) -> Tensor:
+        """The expert's action for the present state, (N, A). A function of the state alone, so it needs no reset. slip: (N,) long; it plays
+        the stage that many after the present one, modulo K: 0 is right, all else a mistake to recover from."""
         s, table = self.state, self.task.stage_table
         stage = stage_signals(self.task, s, torch.zeros_like(s["grasped"]), self.potential, self.across)["stage"]
+        stage = (stage + slip.to(stage.device)) % len(table)
         target = torch.stack([entry.target(s) for entry in table], 1)[torch.arange(self.num_envs), stage]  # (N, 3)
         gripper = torch.tensor([entry.gripper for entry in table], device=stage.device)[stage]
         turn = torch.where(gripper > 0, s["yaw_error"], 0.0)  # once the fingers close, the object turns with them
@@ -358,8 +372,8 @@ class ProcessEnv(gym.Env):
         obs, reward, terminated, truncated, info = self.env.step(torch.as_tensor(action)[None])
         return self.first(obs), float(reward), bool(terminated), bool(truncated), self.first(info)
 
-    def expert_action(self) -> np.ndarray:
-        return self.env.expert_action()[0].numpy()
+    def expert_action(self, slip: Tensor) -> np.ndarray:
+        return self.env.expert_action(slip[self.index, None])[0].numpy()
 
     def set_next_seed(self, seeds: list[int]) -> None:
         self.env.next_seed = [seeds[self.index]]
@@ -436,9 +450,9 @@ class StageVectorEnv:
         else:
             self.envs.call("set_next_seed", seeds)
 
-    def expert_action(self) -> Tensor:
+    def expert_action(self, slip: Tensor) -> Tensor:
         """(N, A): see StageEnv.expert_action."""
-        return self.envs.expert_action() if self.backend == "cuda" else torch.from_numpy(np.stack(self.envs.call("expert_action")))
+        return self.envs.expert_action(slip) if self.backend == "cuda" else torch.from_numpy(np.stack(self.envs.call("expert_action", slip)))
 
     def close(self) -> None:
         self.envs.env.close() if self.backend == "cuda" else self.envs.close()
@@ -497,7 +511,7 @@ class ScriptedExpert:
     def __init__(self, envs: StageVectorEnv):
         self.envs = envs
 
-    def act(self) -> Tensor:
-        """Actions for the present states, (N, A), as `envs.step` takes them. Valid after every reset and step: the plan is a
-        function of the state, so an env that was reset starts afresh by itself."""
-        return self.envs.expert_action()
+    def act(self, slip: Tensor | None = None) -> Tensor:
+        """Actions for the present states, (N, A), as `envs.step` takes them. Valid after every reset and step: the plan is a function of the
+        state, so an env that was reset starts afresh by itself. slip (N,) long: how many stages off to play; None: the right one."""
+        return self.envs.expert_action(torch.zeros(self.envs.num_envs, dtype=torch.long) if slip is None else slip)

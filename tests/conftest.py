@@ -137,7 +137,7 @@ def workspace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sft_run(workspace) -> Path:
     """python sft.py --env-id PickCube-v1, tiny."""
-    output_of("sft.py", "--env-id", "PickCube-v1", "--num-demos", 3, "--num-updates", 4, "--batch-size", 8, "--num-envs", 2,
+    output_of("sft.py", "--env-id", "PickCube-v1", "--num-demos", 3, "--demo-slip", 0.1, "--num-updates", 4, "--batch-size", 8, "--num-envs", 2,
               "--num-eval-episodes", 0, "--no-cuda", cwd=workspace)  # fmt: skip
     (run,) = (workspace / "runs").glob("PickCube-v1__sft__1__*")
     return run
