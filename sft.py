@@ -65,13 +65,13 @@ class Args:
     """ManiSkill .h5 (its .json beside it); empty: the scripted expert makes `num_demos` demonstrations"""
     num_demos: int = 300
     """demonstrations that the expert makes, or the most that are read from --demo-path"""
-    demo_speed: float = 0.15
+    demo_speed: float = 0.3
     """the expert moves by at most this share of a full step along each axis: demonstrations are slow and careful, as people's are, and what
     imitation then loses to the horizon is there for reinforcement to win; 1 is the expert itself"""
     demo_noise: float = 0.15
     """standard deviation of the noise on the expert's executed motion (action units); the label is the expert's clean action, so the
     policy sees how to recover (DART, Laskey et al. 2017)"""
-    demo_slip: float = 0.04
+    demo_slip: float = 0.02
     """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right
     action, so the policy sees how to try again"""
 
@@ -197,7 +197,8 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
 def collect_demos(path: Path, args: Args) -> None:
     """Runs the scripted expert until `num_demos` episodes have succeeded and writes them as ManiSkill does: `traj_i` groups with
     `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels) and `geometry` (T x 6)."""
-    envs = make_envs(args.env_id, args.num_envs, args.seed, backend=args.backend)
+    horizon = 2 * stare_utils.get_task(args.env_id).max_episode_steps  # who is slow and errs needs time
+    envs = make_envs(args.env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon)
     expert, episodes, kept = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], []
     rng, K = np.random.default_rng(args.seed), envs.num_stages
     slip, slip_left = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(2))
@@ -235,7 +236,7 @@ def collect_demos(path: Path, args: Args) -> None:
             obs, info = next_obs, next_info
     progress.close()
     envs.close()
-    meta = {"env_info": {"env_id": args.env_id, "max_episode_steps": envs.task.max_episode_steps}, "source_type": "scripted", "episodes": kept}
+    meta = {"env_info": {"env_id": args.env_id, "max_episode_steps": horizon}, "source_type": "scripted", "episodes": kept}
     write_text(path.with_suffix(".json"), json.dumps(meta))
     path.with_suffix(".tmp").rename(path)
 
