@@ -88,10 +88,10 @@ def task_stats(model, env_id: str) -> dict:
 
 
 @torch.no_grad()
-def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False, temperature: float = 1.0):
+def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False):
     """One action by autoregressive decoding over the action bins alone, with a key-value cache.
 
-    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed). The policy is softmax(logits / temperature).
+    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
     Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
     """
     config, mask = model.config, inputs["attention_mask"]
@@ -109,7 +109,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
             tokens, fed = end - 1 - torch.stack(bins[fed:], -1), a
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
             out = model(tokens, mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        logp = (out.logits[:, -1, end - n : end].flip(-1).float() / temperature).log_softmax(-1)  # (B, n), bin 0 first
+        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
         bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
         logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
     return torch.stack(bins, -1), logprob, hidden

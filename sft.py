@@ -176,7 +176,7 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor, temperature: float = 1.0):
+def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
     """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
 
     inputs: the processor's; bins: (B, A) long; active: (A,) bool. Returns logprob (B,) fp32 = sum over active tokens,
@@ -186,7 +186,7 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     ids = torch.cat([inputs["input_ids"], end - 1 - bins[:, :-1]], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
     out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
-    logp = (out.logits[..., end - n : end].flip(-1).float() / temperature).log_softmax(-1)  # (B, A, n), bin 0 first
+    logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
     active = active.to(bins.device)
     logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)

@@ -77,9 +77,6 @@ class Args:
     """env steps in all, rounded up to whole updates"""
     num_steps: int = 128
     """T: env steps per env between updates. New episodes begin every ceil(horizon / T) updates; a run resumed there equals an uninterrupted one bit for bit"""
-    temperature: float = 1.0
-    """of the policy's softmax, in roll-outs and ratio alike. A small imitated policy is broad: at 1 it succeeds less often than its own argmax,
-    which is what evaluation plays"""
     gamma: float = 0.99
     """discount"""
     gae_lambda: float = 0.5
@@ -218,10 +215,10 @@ def task_stats(model, env_id: str) -> dict:
 
 
 @torch.no_grad()
-def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False, temperature: float = 1.0):
+def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False):
     """One action by autoregressive decoding over the action bins alone, with a key-value cache.
 
-    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed). The policy is softmax(logits / temperature).
+    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
     Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
     """
     config, mask = model.config, inputs["attention_mask"]
@@ -239,13 +236,13 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
             tokens, fed = end - 1 - torch.stack(bins[fed:], -1), a
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
             out = model(tokens, mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        logp = (out.logits[:, -1, end - n : end].flip(-1).float() / temperature).log_softmax(-1)  # (B, n), bin 0 first
+        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
         bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
         logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
     return torch.stack(bins, -1), logprob, hidden
 
 
-def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor, temperature: float = 1.0):
+def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
     """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
 
     inputs: the processor's; bins: (B, A) long; active: (A,) bool. Returns logprob (B,) fp32 = sum over active tokens,
@@ -255,7 +252,7 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     ids = torch.cat([inputs["input_ids"], end - 1 - bins[:, :-1]], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
     out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
-    logp = (out.logits[..., end - n : end].flip(-1).float() / temperature).log_softmax(-1)  # (B, A, n), bin 0 first
+    logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
     active = active.to(bins.device)
     logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
@@ -385,7 +382,7 @@ def main(args: Args) -> None:
             for name, value in next_obs.items():
                 obs[name][t] = value
             stages[t], potentials[t] = next_info["stage"].to(device), next_info["potential"].to(device)
-            bins[t], logprobs[t], hidden = sample_action(model, policy_inputs(next_obs), active, temperature=args.temperature)
+            bins[t], logprobs[t], hidden = sample_action(model, policy_inputs(next_obs), active)
             with torch.no_grad():
                 values[t] = value_head(hidden)
             next_obs, reward, term, trunc, next_info = envs.step(vla.detokenize_actions(bins[t], stats["action"], model.config.n_action_bins))
@@ -423,7 +420,7 @@ def main(args: Args) -> None:
             for mb in torch.randperm(args.batch_size).split(args.minibatch_size):
                 inputs = policy_inputs({name: value[mb] for name, value in b_obs.items()})
                 mb_idx = mb.to(device)
-                newlogprob, entropy, hidden, _ = action_logprob(model, inputs, b_bins[mb_idx], active, args.temperature)
+                newlogprob, entropy, hidden, _ = action_logprob(model, inputs, b_bins[mb_idx], active)
                 newvalue = value_head(hidden)
                 logratio = newlogprob - b_logprobs[mb_idx]
                 ratio = logratio.exp()  # (B,): one ratio per action

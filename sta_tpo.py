@@ -80,8 +80,6 @@ class Args:
     """when both roll-outs finished a stage, the cheaper one wins only by this margin (in units of L_k)"""
     max_pairs_per_stage: int = 6
     """at most this many pairs per initial state and stage, completions first, so that easy stages do not drown the others"""
-    temperature: float = 1.0
-    """of the policy's softmax, in roll-outs and q alike, as in sta_ppo.py"""
 
     learning_rate: float = 2e-5
     """AdamW, constant"""
@@ -194,10 +192,10 @@ def task_stats(model, env_id: str) -> dict:
 
 
 @torch.no_grad()
-def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False, temperature: float = 1.0):
+def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False):
     """One action by autoregressive decoding over the action bins alone, with a key-value cache.
 
-    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed). The policy is softmax(logits / temperature).
+    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
     Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
     """
     config, mask = model.config, inputs["attention_mask"]
@@ -215,13 +213,13 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
             tokens, fed = end - 1 - torch.stack(bins[fed:], -1), a
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
             out = model(tokens, mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        logp = (out.logits[:, -1, end - n : end].flip(-1).float() / temperature).log_softmax(-1)  # (B, n), bin 0 first
+        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
         bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
         logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
     return torch.stack(bins, -1), logprob, hidden
 
 
-def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor, temperature: float = 1.0):
+def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
     """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
 
     inputs: the processor's; bins: (B, A) long; active: (A,) bool. Returns logprob (B,) fp32 = sum over active tokens,
@@ -231,7 +229,7 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     ids = torch.cat([inputs["input_ids"], end - 1 - bins[:, :-1]], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
     out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
-    logp = (out.logits[..., end - n : end].flip(-1).float() / temperature).log_softmax(-1)  # (B, A, n), bin 0 first
+    logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
     active = active.to(bins.device)
     logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
@@ -312,7 +310,7 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
     episodes = [[] for _ in range(N)]
     while any(current):
         inputs = processor(obs["rgb"], [envs.task.instruction] * N, obs["proprio"], stats.get("proprio"), device)
-        bins, _, _ = sample_action(model, inputs, active, temperature=args.temperature)
+        bins, _, _ = sample_action(model, inputs, active)
         next_obs, _, _, _, next_info = envs.step(vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins))
         distance = info["stage_distance"].cpu() / lengths[info["stage"].cpu()]
         for i in range(N):
@@ -403,7 +401,7 @@ def main(args: Args) -> None:
     def logprobs(steps: torch.Tensor) -> torch.Tensor:
         """Log-probability (B,) fp32 of the actions taken at these steps (B,)."""
         inputs = processor(rgb[steps], [task.instruction] * len(steps), proprio[steps], stats.get("proprio"), device)
-        return action_logprob(model, inputs, bins[steps].to(device), active, args.temperature)[0]
+        return action_logprob(model, inputs, bins[steps].to(device), active)[0]
 
     with torch.no_grad():  # the reference is the policy before its first step
         ref_logprobs = torch.cat([logprobs(steps).cpu() for steps in tqdm(torch.arange(used).split(args.chunk_size), desc="reference", disable=None)])
