@@ -129,6 +129,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
 def save_checkpoint(output: Path, model, processor, args: dict, state: dict, value_head=None) -> None:
     """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), value head.
     The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
+    transformers_logging.disable_progress_bar()
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)

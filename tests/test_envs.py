@@ -128,6 +128,14 @@ def run_expert(envs, num_episodes: int) -> list[dict]:
     return episodes
 
 
+def test_expert_slips_only_where_told(envs):
+    envs.reset(seed=[5, 6])
+    expert = ScriptedExpert(envs)
+    right, slipped, whole_turn = expert.act(), expert.act(torch.tensor([1, 0])), expert.act(torch.full((2,), K))
+    assert right[:, -1].tolist() == [1, 1] and slipped[:, -1].tolist() == [-1, 1]  # it closes in the air
+    assert torch.equal(slipped[1], right[1]) and torch.equal(whole_turn, right)
+
+
 @pytest.mark.parametrize("env_id", [pytest.param(e, marks=[] if e == "PickCube-v1" else pytest.mark.slow) for e in stare_utils.TASKS])
 def test_expert_goes_through_every_stage_in_order_to_success(env_id, envs, request):
     task = stare_utils.TASKS[env_id]
