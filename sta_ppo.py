@@ -100,8 +100,8 @@ class Args:
     """AdamW, all weights of the VLA; at 1e-4 Adam's first steps move a tiny VLA by 0.3 nats of KL"""
     value_learning_rate: float = 1e-3
     """AdamW, value head"""
-    anneal_lr: bool = False
-    """lower both learning rates linearly to zero"""
+    anneal_lr: bool = True
+    """lower both learning rates linearly to zero: what noise in the gradients still does to the policy gets less and less"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
 
