@@ -17,7 +17,7 @@ if [ "${SMOKE:-0}" = 1 ]; then
   rm -rf "$RUNS"
   SFT=(--num-envs 2 --num-demos 2 --num-updates 2 --vla "checkpoints/${ENV_ID}__sft" --learning-rate 1e-6) # a policy that can make pairs
   TPO=(--num-envs 2 --num-initial-states 2 --rollouts-per-state 3)
-  PPO=(--num-envs 2 --total-timesteps 128)
+  PPO=(--num-envs 2 --total-timesteps 256 --critic-warmup 0)
   EVAL=(--num-envs 2 --num-eval-episodes 2)
 fi
 

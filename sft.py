@@ -4,9 +4,11 @@
     python sft.py --env-id PickCube-v1 --demo-path demos.h5   # ManiSkill's own trajectory format; without images it is replayed
 
 loss = -mean over samples of [ sum over active action tokens of log pi(token | image, proprioception, instruction, tokens before) ] / (active tokens)
+       + c_aux * smooth L1 distance between a linear read-out of the hidden state and where object and goal are
 (openvla/openvla@c8f03f4 vla-scripts/finetune.py masks everything but the action tokens too).
 Deviations from OpenVLA's recipe: (1) the softmax runs over the 256 action bins, as in STA-TPO, STA-PPO and evaluation; (2) dimensions that
-never vary are left out of the loss; (3) the default model is trained from scratch, all weights.
+never vary are left out of the loss; (3) the default model is trained from scratch, all weights; (4) the auxiliary loss; (5) targets blurred
+over neighbouring bins (--label-jitter), so that the loss has a floor: 2.8 nats per token at a jitter of 4 bins.
 Letters: B batch, M frames, A action tokens, D hidden width.
 """
 import json
@@ -69,8 +71,8 @@ class Args:
     """the expert moves by at most this share of a full step along each axis: demonstrations are slow and careful, as people's are, and what
     imitation then loses to the horizon is there for reinforcement to win; 1 is the expert itself"""
     demo_noise: float = 0.15
-    """standard deviation of the noise on the expert's executed motion (action units); the label is the expert's clean action, so the
-    policy sees how to recover (DART, Laskey et al. 2017)"""
+    """standard deviation of the noise on the expert's executed motion (action units; every other step, at random); the label is the
+    expert's clean action, so the policy sees how to recover (DART, Laskey et al. 2017)"""
     demo_slip: float = 0.02
     """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right
     action, so the policy sees how to try again"""
@@ -200,7 +202,7 @@ def collect_demos(path: Path, args: Args) -> None:
     `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels) and `geometry` (T x 6)."""
     horizon = 2 * stare_utils.get_task(args.env_id).max_episode_steps  # who is slow and errs needs time
     envs = make_envs(args.env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon)
-    expert, episodes, kept = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], []
+    expert, episodes, kept, failures = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], [], 0
     rng, K = np.random.default_rng(args.seed), envs.num_stages
     slip, slip_left = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(2))
     obs, info = envs.reset(seed=[int(s) for s in rng.integers(TRAIN_SEEDS, size=args.num_envs)])
@@ -233,7 +235,11 @@ def collect_demos(path: Path, args: Args) -> None:
                         kept.append({"episode_id": len(kept), "episode_seed": int(info["seed"][i]), "control_mode": envs.task.control_mode,
                                      "elapsed_steps": len(actions), "success": True})  # fmt: skip
                         progress.update()
+                    failures += not next_info["final_info"]["success"][i]
                     episodes[i], slip_left[i] = [], 0
+            if failures > 20 + 10 * len(kept):
+                envs.close()
+                raise UserError(f"the expert failed in {failures} episodes and solved {len(kept)}: raise --demo-speed, lower --demo-noise or --demo-slip")
             obs, info = next_obs, next_info
     progress.close()
     envs.close()
@@ -356,7 +362,7 @@ def main(args: Args) -> None:
         with torch.no_grad():
             decoded = vla.detokenize_actions(greedy, stats["action"])
             l1 = (decoded - actions[index].to(device)).abs()[:, active].mean()
-            history.append(torch.stack([ce, aux_loss, (greedy == mb_bins)[:, active].float().mean(), l1, grad_norm]))
+            history.append(torch.stack([ce, aux_loss, (greedy == bins[index].to(device))[:, active].float().mean(), l1, grad_norm]))
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
             ce, aux, accuracy, l1, norm = torch.stack(history).mean(0).tolist()  # the means since the last line

@@ -6,8 +6,9 @@
   r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)),  Phi(s) = k + phi_k(s),  Phi of a terminal state = 0   (r' is the paper's; k + is ours, see README.md)
   loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 - c_e * entropy
 The ratio is that of the whole action (sum of its tokens' log-probabilities). Deviations from CleanRL's ppo.py and RL4VLA: a truncated episode
-is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once;
-logged losses are means over the update; a critic warm-up, no value clipping. `grep STARE` shows what differs from PPO.
+is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once
+(or within each stage: --stage-advantage); logged losses are means over the update; the critic is warmed up, its loss not clipped; AdamW;
+episodes begin anew with a roll-out, where the horizon allows. `grep STARE` shows what differs from PPO.
 To add a task edit TASKS in stare_utils.py, nothing here, and imitate it first (sft.py).
 Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
 """
@@ -97,7 +98,7 @@ class Args:
     """updates in which the VLA's learning rate is 0: an untrained critic punishes good actions, and Adam's first steps, whose moments are
     those of one minibatch, are the largest"""
     learning_rate: float = 3e-5
-    """AdamW, all weights of the VLA; at 1e-4 Adam's first steps move a tiny VLA by 0.3 nats of KL"""
+    """AdamW, all weights of the VLA"""
     value_learning_rate: float = 1e-3
     """AdamW, value head"""
     anneal_lr: bool = True
@@ -313,9 +314,13 @@ def main(args: Args) -> None:
         raise UserError(f"num_envs * num_steps = {args.batch_size} does not divide by --num-minibatches {args.num_minibatches}")
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = -(-args.total_timesteps // args.batch_size)
+    if args.num_iterations <= args.critic_warmup:
+        print(f"warning: all {args.num_iterations} updates are critic warm-up and leave the VLA as it is; raise --total-timesteps or lower --critic-warmup")
     fresh = -(-task.max_episode_steps // args.num_steps)  # updates between fresh starts of all episodes
+    whole = max(1, args.num_steps // task.max_episode_steps)  # episodes of an env that fit between them whatever their lengths
+    save_freq = -(-args.save_freq // fresh) * fresh
     K = len(task.stages)
-    # STARE: w = 1 / K keeps w * Phi in [0, 1], the range of the value itself, so success never looks like a punishment to a fresh critic
+    # STARE: weight of the stage reward. w = 1 / K keeps w * Phi in [0, 1], the value's own range: success never looks like a loss to a fresh critic
     weight = {"stare": 1 / K if args.shaping_weight < 0 else args.shaping_weight, "sparse": 0.0, "dense": 0.0}[args.reward]
     if weight * (K if args.potential_across_stages == "offset" else 1) > 1 and args.critic_warmup == 0:
         print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
@@ -357,7 +362,7 @@ def main(args: Args) -> None:
     # ALGO LOGIC: storage, (T, N, ...)
     T, N, A = args.num_steps, args.num_envs, len(active)
     next_obs, next_info = envs.reset(seed=args.seed)
-    episode_return, counts = torch.zeros(N), torch.ones(N, dtype=torch.bool)
+    episode_return, counts = torch.zeros(N), torch.zeros(N)
     obs = {name: torch.zeros(T, *value.shape, dtype=value.dtype) for name, value in next_obs.items()}
     bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
     stages = torch.zeros(T, N, dtype=torch.long, device=device)
@@ -369,9 +374,9 @@ def main(args: Args) -> None:
         # The iteration alone decides its random numbers and episodes: whoever resumes here goes on exactly as if never stopped
         torch.manual_seed(args.seed * 1_000_003 + iteration)
         if iteration % fresh == 0:
-            next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + iteration * N) % stare_utils.TRAIN_SEEDS)
-            # Only the first episode of each env counts in the statistics: a second one fits into the roll-out only after a quick success
-            episode_return, counts = torch.zeros(N), torch.ones(N, dtype=torch.bool)
+            next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + iteration * N) % (stare_utils.TRAIN_SEEDS - N))
+            # Only the first `whole` episodes of each env count in the statistics: another one fits into the roll-out only after a quick success
+            episode_return, counts = torch.zeros(N), torch.full((N,), whole)
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * (1 - iteration / args.num_iterations if args.anneal_lr else 1)
         if iteration < args.critic_warmup:
@@ -382,23 +387,24 @@ def main(args: Args) -> None:
         for t in range(T):
             for name, value in next_obs.items():
                 obs[name][t] = value
+            # STARE: the stage of the state acted in, and its Phi
             stages[t], potentials[t] = next_info["stage"].to(device), next_info["potential"].to(device)
             bins[t], logprobs[t], hidden = sample_action(model, policy_inputs(next_obs), active)
             with torch.no_grad():
                 values[t] = value_head(hidden)
             next_obs, reward, term, trunc, next_info = envs.step(vla.detokenize_actions(bins[t], stats["action"], model.config.n_action_bins))
             env_rewards[t], terminated[t], done[t] = reward.to(device), term.to(device), (term | trunc).to(device)
-            # The true next state: at an episode's end `next_info` is already the new episode's
+            # STARE: Phi of the true next state. At an episode's end `next_info` is already the new episode's
             next_potentials[t] = next_info["potential"].to(device)
             episode_return += reward.cpu()
             if next_info["_final_info"].any():
                 ended, final = next_info["_final_info"].cpu(), next_info["final_info"]
                 next_potentials[t, ended] = final["potential"].to(device)[ended]
                 next_values[t, ended] = value_of({name: value[ended] for name, value in next_info["final_obs"].items()})
-                for i in (ended & counts).nonzero()[:, 0].tolist():
+                for i in (ended & (counts > 0)).nonzero()[:, 0].tolist():
                     furthest = int(final["furthest_stage"][i])
                     recent.append([float(furthest == K), float(episode_return[i]), float(final["elapsed_steps"][i]), furthest])
-                episode_return[ended], counts[ended] = 0, False
+                episode_return[ended], counts[ended] = 0, counts[ended] - 1
         recent = recent[-100:]
         # V of the true next state: the next row's value, the bootstrap after the last row, V(final_obs) (set above) at an episode's end
         following = torch.cat([values[1:], value_of(next_obs)[None]])
@@ -471,9 +477,9 @@ def main(args: Args) -> None:
         print(f"step {global_step}: success {scalars.get('charts/success_once', np.nan):.2f} length {scalars.get('charts/episodic_length', np.nan):.1f} "
               f"kl {scalars['losses/approx_kl']:.4f} clip {scalars['losses/clipfrac']:.2f} ev {scalars['losses/explained_variance']:.2f} "
               f"entropy {scalars['losses/entropy']:.1f} SPS {scalars['charts/SPS']:.0f}", flush=True)  # fmt: skip
-        if iteration % (-(-args.save_freq // fresh) * fresh) == 0 or iteration == args.num_iterations:
+        if iteration % save_freq == 0 or iteration == args.num_iterations:
             wall = time.time() - start
-            method = {"stare": "STA-PPO", "sparse": "PPO", "dense": "PPO-dense"}[args.reward]
+            method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
             state = {"optimizer": optimizer.state_dict(), "iteration": iteration, "recent": recent, "source": str(source), "wall_s": wall}
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
             save_checkpoint(output, model, processor, info, state, value_head)

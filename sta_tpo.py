@@ -263,6 +263,7 @@ def build_stage_pairs(
     for i, rollout in enumerate(rollouts):
         groups.setdefault(rollout["init_seed"], []).append(i)
         stage = torch.as_tensor(rollout["stage"])
+        # STARE: cut into stages, a cost for each; with stage_aware=False the trajectory is one
         segments.append(segment_stages(stage, K) if stage_aware else torch.zeros_like(stage))
         costs.append(stage_costs(torch.as_tensor(rollout["distance"]).double(), segments[i], K).tolist())
         finished.append((K if rollout["success"] else min(int(stage.max()), K - 1)) if stage_aware else int(rollout["success"]))  # stages behind it
@@ -382,6 +383,7 @@ def main(args: Args) -> None:
     env_steps = sum(len(rollout["stage"]) for rollout in rollouts)
     stages = task.stages if args.stage_aware else ("trajectory",)
     K = len(task.stages)
+    # STARE: pairs per stage, of roll-outs that both finished the stage before
     pairs = build_stage_pairs(rollouts, K, args.cost_margin, args.max_pairs_per_stage, args.stage_aware)
     if not pairs:
         raise UserError("no pair: all roll-outs ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a better policy")
