@@ -101,8 +101,8 @@ class Args:
     """AdamW, all weights of the VLA"""
     value_learning_rate: float = 1e-3
     """AdamW, value head"""
-    anneal_lr: bool = True
-    """lower both learning rates linearly to zero: what noise in the gradients still does to the policy gets less and less"""
+    anneal_lr: bool = False
+    """lower both learning rates linearly to zero at --total-timesteps (a resumed run must then keep that number)"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
 

@@ -183,7 +183,7 @@ def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
     obs, _ = env.reset(seed=[5])
     seen, states, actions = [obs], [env.base.get_state_dict()], []
     for _ in range(4):
-        actions.append(env.expert_action())
+        actions.append(env.expert_action(torch.zeros(1, dtype=torch.long)))
         obs, *_ = env.step(actions[-1])
         seen.append(obs)
         states.append(env.base.get_state_dict())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import STATS, TASK, call, differing, prompt, tensors
 
+import sft
 import sta_ppo
 import sta_tpo
 import stare_utils
@@ -149,7 +150,8 @@ def test_demonstrations_are_what_the_simulator_did_and_their_labels_are_clean(sf
     obs, _ = envs.reset(seed=[episode["episode_seed"] for episode in episodes])
     free = [True, True]  # until the gripper closes the replay is exact; after an auto-reset the solver's contacts are so to some 1e-4 only
     for t in range(min(29, *(episode["elapsed_steps"] - 1 for episode in episodes))):
-        labels = ScriptedExpert(envs).act()
+        labels, speed = ScriptedExpert(envs).act(), sft.Args().demo_speed
+        labels[:, :3] = labels[:, :3].clamp(-speed, speed)
         for i, demo in enumerate(demos):
             free[i] &= demo["actions"][t, -1] > 0
             assert np.allclose(obs["proprio"][i], demo["obs/proprio"][t], atol=5e-3), (i, t)
