@@ -211,12 +211,11 @@ def collect_demos(path: Path, args: Args) -> None:
         while len(kept) < args.num_demos:
             begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_slip) & (slip_left == 0)
             slip[begin], slip_left[begin] = (torch.from_numpy(rng.integers(*span, args.num_envs))[begin] for span in ((1, K), (3, 9)))
-            label, wrong = expert.act(), expert.act(slip)
-            for move in (label, wrong):
+            label, played = expert.act(), expert.act(slip * (slip_left > 0))
+            for move in (label, played):
                 move[:, :3] = move[:, :3].clamp(-args.demo_speed, args.demo_speed)
             noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float()
             noise[:, 3:] = 0  # translation alone: a disturbed wrist is out of the expert's reach
-            played = torch.where(slip_left[:, None] > 0, wrong, label)
             action = (played + noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-1, 1)
             slip_left = (slip_left - 1).clamp(min=0)
             next_obs, _, _, _, next_info = envs.step(action)
