@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY=PASSIVE # idle OpenMP threads must not take the cores fro
 ./setup.sh
 
 # What each stage gets: about an hour in all on two CPU cores
-SFT=() TPO=() PPO=(--anneal-lr) EVAL=(--num-eval-episodes 300)
+SFT=() TPO=() PPO=() EVAL=(--num-eval-episodes 300)
 if [ "${SMOKE:-0}" = 1 ]; then
   RUNS=runs/smoke
   rm -rf "$RUNS"

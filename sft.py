@@ -8,7 +8,7 @@ loss = -mean over samples of [ sum over active action tokens of log pi(token | i
 (openvla/openvla@c8f03f4 vla-scripts/finetune.py masks everything but the action tokens too).
 Deviations from OpenVLA's recipe: (1) the softmax runs over the 256 action bins, as in STA-TPO, STA-PPO and evaluation; (2) dimensions that
 never vary are left out of the loss; (3) the default model is trained from scratch, all weights; (4) the auxiliary loss; (5) targets blurred
-over neighbouring bins (--label-jitter), so that the loss has a floor: 2.8 nats per token at a jitter of 4 bins.
+over neighbouring bins (--label-jitter), so that the loss has a floor: 2.8 nats per blurred token at a jitter of 4 bins.
 Letters: B batch, M frames, A action tokens, D hidden width.
 """
 import json
@@ -77,11 +77,16 @@ class Args:
     """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right
     action, so the policy sees how to try again"""
 
+    demo_pause: float = 0.04
+    """chance per step that the expert stands still for 2 to 6 steps, as people who teleoperate do. Pauses are labels too: imitation copies them,
+    and where the right motion is uncertain its most likely action is to stay (OpenVLA filters no-ops from its data for that; here
+    reinforcement unlearns them)"""
+
     learning_rate: float = 1e-3
     """peak of the schedule: linear warm-up, then cosine to zero"""
     warmup_updates: int = 100
     """optimiser steps of warm-up"""
-    num_updates: int = 1400
+    num_updates: int = 2500
     """optimiser steps; a few hundred learn nothing from scratch"""
     batch_size: int = 64
     """frames per optimiser step"""
@@ -92,8 +97,8 @@ class Args:
 
     label_jitter: float = 4.0
     """standard deviation, in bins, of noise on each target at every draw: cross-entropy against a soft target over neighbouring bins. The
-    policy becomes smooth in the action, which is what exploration and policy gradients need; 0 leaves the demonstrated bin alone"""
-    aux_coef: float = 1.0
+    policy becomes smooth in the action, which is what exploration and policy gradients need. Not on the gripper; 0 leaves the demonstrated bin"""
+    aux_coef: float = 5.0
     """weight of the auxiliary loss: the hidden state that predicts the first action token also tells where object and goal are (from the
     simulator's state, demonstrations only). The tiny model learns to see with it; 0 leaves pure cross-entropy"""
 
@@ -204,7 +209,7 @@ def collect_demos(path: Path, args: Args) -> None:
     envs = make_envs(args.env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon)
     expert, episodes, kept, failures = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], [], 0
     rng, K = np.random.default_rng(args.seed), envs.num_stages
-    slip, slip_left = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(2))
+    slip, slip_left, pause_left = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(3))
     obs, info = envs.reset(seed=[int(s) for s in rng.integers(TRAIN_SEEDS, size=args.num_envs)])
     progress = tqdm(total=args.num_demos, desc="demonstrations", unit="episode", disable=None)
     with h5py.File(path.with_suffix(".tmp"), "w") as file:
@@ -217,7 +222,12 @@ def collect_demos(path: Path, args: Args) -> None:
             noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float()
             noise[:, 3:] = 0  # translation alone: a disturbed wrist is out of the expert's reach
             action = (played + noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-1, 1)
-            slip_left = (slip_left - 1).clamp(min=0)
+            begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_pause) & (slip_left == 0) & (pause_left == 0)
+            pause_left[begin] = torch.from_numpy(rng.integers(2, 7, args.num_envs))[begin]
+            still = pause_left > 0
+            label[still, :-1] = 0
+            action[still] = label[still]
+            slip_left, pause_left = (slip_left - 1).clamp(min=0), (pause_left - 1).clamp(min=0)
             next_obs, _, _, _, next_info = envs.step(action)
             for i in range(args.num_envs):
                 episodes[i].append((obs["rgb"][i].cpu(), obs["proprio"][i].cpu(), action[i].cpu(), label[i].cpu(), info["geometry"][i].cpu()))
@@ -235,7 +245,7 @@ def collect_demos(path: Path, args: Args) -> None:
                                      "elapsed_steps": len(actions), "success": True})  # fmt: skip
                         progress.update()
                     failures += not next_info["final_info"]["success"][i]
-                    episodes[i], slip_left[i] = [], 0
+                    episodes[i], slip_left[i], pause_left[i] = [], 0, 0
             if failures > 20 + 10 * len(kept):
                 envs.close()
                 raise UserError(f"the expert failed in {failures} episodes and solved {len(kept)}: raise --demo-speed, lower --demo-noise or --demo-slip")
@@ -344,6 +354,7 @@ def main(args: Args) -> None:
         index = torch.randint(len(rgb), (args.batch_size,), generator=generator)
         inputs = processor(rgb[index], [task.instruction] * len(index), proprio[index], stats["proprio"], device)
         jitter = args.label_jitter * torch.randn(bins[index].shape, generator=generator)
+        jitter[:, -1] = 0  # the gripper knows two commands and nothing between
         mb_bins = (bins[index] + jitter.round().long()).clamp(0, model.config.n_action_bins - 1).to(device)
         fraction = step / args.num_updates
         optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / args.warmup_updates, 0.5 * (1 + np.cos(np.pi * fraction)))

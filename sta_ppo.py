@@ -76,10 +76,10 @@ class Args:
 
     total_timesteps: int = 65536
     """env steps in all, rounded up to whole updates"""
-    num_steps: int = 128
+    num_steps: int = 100
     """T: env steps per env between updates. New episodes begin every ceil(horizon / T) updates; a run resumed there equals an uninterrupted one bit for bit"""
-    gamma: float = 0.99
-    """discount"""
+    gamma: float = 0.97
+    """discount: a step saved is worth (1 - gamma) V"""
     gae_lambda: float = 0.5
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
@@ -95,9 +95,9 @@ class Args:
     target_kl: float | None = None
     """no further epoch in this update once the KL of an epoch's last minibatch exceeds this; without effect at --update-epochs 1"""
     critic_warmup: int = 2
-    """updates in which the VLA's learning rate is 0: an untrained critic punishes good actions, and Adam's first steps, whose moments are
-    those of one minibatch, are the largest"""
-    learning_rate: float = 3e-5
+    """updates in which the VLA's learning rate is 0 while Adam's second moments fill: an untrained critic punishes good actions, and Adam's
+    first steps are its largest. Their momentum is forgotten"""
+    learning_rate: float = 5e-5
     """AdamW, all weights of the VLA"""
     value_learning_rate: float = 1e-3
     """AdamW, value head"""
@@ -450,6 +450,9 @@ def main(args: Args) -> None:
             if args.target_kl is not None and history[-1][4] > args.target_kl:
                 break
         iteration += 1
+        if iteration == args.critic_warmup:
+            for moments in optimizer.state.values():
+                moments["exp_avg"].zero_()  # the direction that the untrained critic taught
 
         # TRY NOT TO MODIFY: record, means over the update's minibatches
         global_step = iteration * args.batch_size

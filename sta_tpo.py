@@ -81,7 +81,7 @@ class Args:
     max_pairs_per_stage: int = 6
     """at most this many pairs per initial state and stage, completions first, so that easy stages do not drown the others"""
 
-    learning_rate: float = 2e-5
+    learning_rate: float = 5e-5
     """AdamW, constant"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""

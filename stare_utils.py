@@ -315,7 +315,11 @@ class StageEnv:
         obs, reward, terminated, truncated, info = self.env.step(action)
         terminated = torch.as_tensor(terminated) & self.terminate_on_success
         self.state = self.task.observe(self.base)
-        return self.observation(obs), reward, terminated, torch.as_tensor(truncated), self.infos(info)
+        infos = self.infos(info)
+        # The state after a reset does not count: no action led to it, and a goal may be drawn where the object lies
+        self.furthest = torch.maximum(self.furthest, infos["stage"])
+        infos["furthest_stage"] = self.furthest.clone()
+        return self.observation(obs), reward, terminated, torch.as_tensor(truncated), infos
 
     def observe_state(self, state: dict) -> State:
         """The observation, with `geometry`, of a recorded ManiSkill state, which replaces the present one (batch 1)."""
@@ -330,7 +334,6 @@ class StageEnv:
     def infos(self, info: dict) -> State:
         self.state["object_start"] = self.object_start
         signals = stage_signals(self.task, self.state, info["success"], self.potential, self.across)
-        self.furthest = torch.maximum(self.furthest, signals["stage"])
         return {**signals, "furthest_stage": self.furthest.clone(), "success": info["success"], "seed": self.seeds.clone(),
                 "elapsed_steps": self.base.elapsed_steps.long().clone(), "geometry": geometry(self.state)}  # fmt: skip
 

@@ -248,6 +248,15 @@ def test_evaluation_counts_success_and_stages_of_the_expert(evaluate, endless, m
     assert all(min(row["stage_steps"]) > 0 and row["return"] == row["stage_steps"][K] + 1 for row in (rows[0], rows[2]))
 
 
+def test_success_in_the_reset_state_counts_nowhere(envs):
+    """PickCube draws its goal on the lying cube in about one episode of 150. `stage_reach_rate` must end in `success_once`."""
+    _, infos = envs.reset(seed=[1_073_741_855, 0])
+    assert infos["success"].tolist() == [True, False] and infos["stage"][0] == K and infos["furthest_stage"].tolist() == [0, 0]
+    up = HOLD + torch.tensor([0, 0, 1.0, 0, 0, 0, 0])
+    *_, infos = envs.step(up)  # success asks for a robot at rest
+    assert infos["success"].tolist() == [False, False] and (infos["furthest_stage"] < K).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"reward": "dense"}, {"stock_camera": True}, {"full_meshes": True}, {"potential": "linear", "potential_across_stages": "bare"}]
