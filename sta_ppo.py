@@ -101,8 +101,8 @@ class Args:
     """AdamW, all weights of the VLA"""
     value_learning_rate: float = 1e-3
     """AdamW, value head"""
-    anneal_lr: bool = False
-    """lower both learning rates linearly to zero at --total-timesteps (a resumed run must then keep that number)"""
+    anneal_lr: bool = True
+    """lower both learning rates linearly to zero at --total-timesteps; a run that is to be resumed beyond needs --no-anneal-lr"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
 
@@ -141,6 +141,11 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     output = make_folder(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
+    if (output / "checkpoint" / "args.json").exists():
+        before, same = json.loads((output / "checkpoint" / "args.json").read_text()), ("resume", "checkpoint", "output_dir")
+        if changed := [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
+                       if name not in same and before.get(name, value) != value]:  # fmt: skip
+            print(f"resumed with other settings than before: {', '.join(changed)}")
     if args.track:
         import wandb
 
@@ -366,7 +371,7 @@ def main(args: Args) -> None:
     obs = {name: torch.zeros(T, *value.shape, dtype=value.dtype) for name, value in next_obs.items()}
     bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
     stages = torch.zeros(T, N, dtype=torch.long, device=device)
-    logprobs, env_rewards, potentials, next_potentials, values, next_values = (torch.zeros(T, N, device=device) for _ in range(6))
+    logprobs, env_rewards, potentials, next_potentials, values, final_values = (torch.zeros(T, N, device=device) for _ in range(6))
     terminated, done = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(2))
 
     progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step", disable=None)
@@ -400,15 +405,14 @@ def main(args: Args) -> None:
             if next_info["_final_info"].any():
                 ended, final = next_info["_final_info"].cpu(), next_info["final_info"]
                 next_potentials[t, ended] = final["potential"].to(device)[ended]
-                next_values[t, ended] = value_of({name: value[ended] for name, value in next_info["final_obs"].items()})
+                final_values[t, ended] = value_of({name: value[ended] for name, value in next_info["final_obs"].items()})
                 for i in (ended & (counts > 0)).nonzero()[:, 0].tolist():
                     furthest = int(final["furthest_stage"][i])
                     recent.append([float(furthest == K), float(episode_return[i]), float(final["elapsed_steps"][i]), furthest])
                 episode_return[ended], counts[ended] = 0, counts[ended] - 1
         recent = recent[-100:]
-        # V of the true next state: the next row's value, the bootstrap after the last row, V(final_obs) (set above) at an episode's end
-        following = torch.cat([values[1:], value_of(next_obs)[None]])
-        next_values = torch.where(done, next_values, following)
+        # V of the true next state: the next row's value, the bootstrap after the last row; at an episode's end V of its final observation
+        next_values = torch.where(done, final_values, torch.cat([values[1:], value_of(next_obs)[None]]))
 
         # STARE: the stage reward enters here; w = 0 leaves plain PPO
         rewards = shape_rewards(env_rewards, potentials, next_potentials, terminated, args.gamma, weight) if weight else env_rewards
@@ -444,10 +448,12 @@ def main(args: Args) -> None:
                 grad_norm = nn.utils.clip_grad_norm_([*model.parameters(), *value_head.parameters()], args.max_grad_norm)
                 optimizer.step()
                 with torch.no_grad():  # http://joschu.net/blog/kl-approx.html: the second is unbiased and never negative
-                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    history.append(torch.stack([pg_loss, v_loss, entropy.mean(), (-logratio).mean(), (ratio - 1 - logratio).mean(), clipfrac,
-                                                grad_norm, ratio.mean(), logratio.abs().max()]))  # fmt: skip
-            if args.target_kl is not None and history[-1][4] > args.target_kl:
+                    history.append({
+                        "policy_loss": pg_loss.detach(), "value_loss": v_loss.detach(), "entropy": entropy.mean(), "old_approx_kl": (-logratio).mean(),
+                        "approx_kl": (ratio - 1 - logratio).mean(), "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(), "grad_norm": grad_norm,
+                        "ratio": ratio.mean(), "largest_logratio": logratio.abs().max(),
+                    })  # fmt: skip
+            if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
                 break
         iteration += 1
         if iteration == args.critic_warmup:
@@ -456,12 +462,11 @@ def main(args: Args) -> None:
 
         # TRY NOT TO MODIFY: record, means over the update's minibatches
         global_step = iteration * args.batch_size
-        first, mean = history[0], torch.stack(history).mean(0).tolist()
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
-        scalars = {f"losses/{name}": value for name, value in zip(names, mean, strict=False)}
+        scalars = {f"losses/{name}": torch.stack([row[name] for row in history]).mean().item() for name in names}
         now = time.time()
         scalars |= {
-            "losses/first_ratio": first[7].item(), "losses/rollout_update_logprob_gap": first[8].item(),
+            "losses/first_ratio": history[0]["ratio"].item(), "losses/rollout_update_logprob_gap": history[0]["largest_logratio"].item(),
             "losses/explained_variance": 1 - ((returns - values).var() / returns.var().clamp(min=1e-8)).item(), "losses/advantage_std": advantages.std().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / (now - time_rollout),
             "charts/shaped_reward": rewards.mean().item(), "time/rollout": time_update - time_rollout, "time/update": now - time_update,

@@ -20,7 +20,7 @@ def main(env_id: str = "PickCube-v1", num_episodes: int = 200, num_envs: int = 8
         for t in range(envs.task.max_episode_steps - 1):
             for row, stage, distance in zip(batch, info["stage"].tolist(), info["stage_distance"].tolist(), strict=True):
                 row["entry"].setdefault(stage, distance)
-                if stage == K and not row["success"]:
+                if t and stage == K and not row["success"]:  # the reset state is nobody's success
                     row["success"], row["length"] = True, t
             if all(row["success"] for row in batch):
                 break

@@ -137,8 +137,8 @@ def workspace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sft_run(workspace) -> Path:
     """python sft.py --env-id PickCube-v1, tiny."""
-    output_of("sft.py", "--env-id", "PickCube-v1", "--num-demos", 3, "--demo-slip", 0.1, "--num-updates", 4, "--batch-size", 8, "--num-envs", 2,
-              "--num-eval-episodes", 0, "--no-cuda", cwd=workspace)  # fmt: skip
+    output_of("sft.py", "--env-id", "PickCube-v1", "--num-demos", 3, "--demo-slip", 0.1, "--demo-pause", 0.1, "--num-updates", 4, "--batch-size", 8,
+              "--num-envs", 2, "--num-eval-episodes", 0, "--no-cuda", cwd=workspace)  # fmt: skip
     (run,) = (workspace / "runs").glob("PickCube-v1__sft__1__*")
     return run
 
@@ -155,7 +155,7 @@ def tpo_run(workspace, sft_run) -> Path:
     return run
 
 
-PPO = ("--env-id", "PickCube-v1", "--num-envs", 2, "--num-steps", 25, "--num-minibatches", 2, "--critic-warmup", 2, "--no-cuda")
+PPO = ("--env-id", "PickCube-v1", "--num-envs", 2, "--num-steps", 25, "--num-minibatches", 2, "--critic-warmup", 2, "--no-anneal-lr", "--no-cuda")
 PPO_UPDATE = 50  # env steps
 
 

@@ -57,7 +57,7 @@ def resumed_run(workspace, tpo_run, ppo_run):
     run = workspace / "runs/resumed"
     for total in (2 * PPO_UPDATE, 4 * PPO_UPDATE):
         output_of("sta_ppo.py", "--env-id", "PickCube-v1", *flags, "--total-timesteps", total, "--num-eval-episodes", 0, "--output-dir", run,
-                  "--resume", "--no-cuda", cwd=workspace)  # fmt: skip
+                  "--resume", "--no-anneal-lr", "--no-cuda", cwd=workspace)  # fmt: skip
         if total == 2 * PPO_UPDATE:
             subprocess.run(["cp", "-r", run / "checkpoint", workspace / "runs/stopped"], check=True)
     return run
