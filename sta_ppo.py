@@ -77,7 +77,8 @@ class Args:
     total_timesteps: int = 65536
     """env steps in all, rounded up to whole updates"""
     num_steps: int = 100
-    """T: env steps per env between updates. New episodes begin every ceil(horizon / T) updates; a run resumed there equals an uninterrupted one bit for bit"""
+    """T: env steps per env between updates. New episodes begin every ceil(horizon / T) updates; a run resumed there equals an
+    uninterrupted one, on a CPU bit for bit"""
     gamma: float = 0.97
     """discount: a step saved is worth (1 - gamma) V"""
     gae_lambda: float = 0.5
@@ -142,9 +143,9 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if (output / "checkpoint" / "args.json").exists():
-        before, same = json.loads((output / "checkpoint" / "args.json").read_text()), ("resume", "checkpoint", "output_dir")
+        before, ignored = json.loads((output / "checkpoint" / "args.json").read_text()), ("resume", "checkpoint", "output_dir")
         if changed := [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
-                       if name not in same and before.get(name, value) != value]:  # fmt: skip
+                       if name not in ignored and before.get(name, value) != value]:  # fmt: skip
             print(f"resumed with other settings than before: {', '.join(changed)}")
     if args.track:
         import wandb
@@ -322,7 +323,7 @@ def main(args: Args) -> None:
     if args.num_iterations <= args.critic_warmup:
         print(f"warning: all {args.num_iterations} updates are critic warm-up and leave the VLA as it is; raise --total-timesteps or lower --critic-warmup")
     fresh = -(-task.max_episode_steps // args.num_steps)  # updates between fresh starts of all episodes
-    whole = max(1, args.num_steps // task.max_episode_steps)  # episodes of an env that fit between them whatever their lengths
+    whole = fresh * args.num_steps // task.max_episode_steps  # episodes of an env that fit between them whatever their lengths
     save_freq = -(-args.save_freq // fresh) * fresh
     K = len(task.stages)
     # STARE: weight of the stage reward. w = 1 / K keeps w * Phi in [0, 1], the value's own range: success never looks like a loss to a fresh critic
@@ -332,6 +333,8 @@ def main(args: Args) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     state = load_state(Path(args.output_dir)) if args.resume and args.output_dir else None
     source = state["source"] if state else args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
+    if state and state["batch_size"] != args.batch_size:
+        raise UserError(f"{args.output_dir} was begun with num_envs * num_steps = {state['batch_size']}, not {args.batch_size}: resume with the same")
     model, processor, folder = load_policy(args.output_dir if state else source, device)
     stats = task_stats(model, args.env_id)
     active = ~vla.constant_dims(stats["action"])
@@ -385,7 +388,7 @@ def main(args: Args) -> None:
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * (1 - iteration / args.num_iterations if args.anneal_lr else 1)
         if iteration < args.critic_warmup:
-            optimizer.param_groups[0]["lr"] = 0.0  # the VLA stands still, while Adam's moments of its gradients settle
+            optimizer.param_groups[0]["lr"] = 0.0  # the VLA stands still while Adam's second moments fill
 
         # TRY NOT TO MODIFY: roll-out
         time_rollout = time.time()
@@ -488,7 +491,8 @@ def main(args: Args) -> None:
         if iteration % save_freq == 0 or iteration == args.num_iterations:
             wall = time.time() - start
             method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
-            state = {"optimizer": optimizer.state_dict(), "iteration": iteration, "recent": recent, "source": str(source), "wall_s": wall}
+            state = {"optimizer": optimizer.state_dict(), "iteration": iteration, "batch_size": args.batch_size, "recent": recent, "source": str(source),
+                     "wall_s": wall}  # fmt: skip
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
             save_checkpoint(output, model, processor, info, state, value_head)
     progress.close()

@@ -118,9 +118,9 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if (output / "checkpoint" / "args.json").exists():
-        before, same = json.loads((output / "checkpoint" / "args.json").read_text()), ("resume", "checkpoint", "output_dir")
+        before, ignored = json.loads((output / "checkpoint" / "args.json").read_text()), ("resume", "checkpoint", "output_dir")
         if changed := [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
-                       if name not in same and before.get(name, value) != value]:  # fmt: skip
+                       if name not in ignored and before.get(name, value) != value]:  # fmt: skip
             print(f"resumed with other settings than before: {', '.join(changed)}")
     if args.track:
         import wandb

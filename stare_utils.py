@@ -164,7 +164,7 @@ def get_task(env_id: str) -> Task:
 # Stages: separator and calculator
 # ---------------------------------------------------------------------------------------------------------------------
 def stage_potential(distance: Tensor, length: Tensor, form: str = "sigmoid") -> Tensor:
-    """phi_k in (0, 1], 1 where nothing is left to do. distance, length: metres, any shape; form: "sigmoid" is the paper's
+    """phi_k in [0, 1], 1 where nothing is left to do. distance, length: metres, any shape; form: "sigmoid" is the paper's
     sigmoid(1 - d / L_k), here divided by sigmoid(1) so that d = 0 gives 1; "linear" is max(0, 1 - d / L_k)."""
     if form == "linear":
         return (1 - distance / length).clamp(min=0)

@@ -281,8 +281,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         """One pass over `<s>`, patches, text (and action tokens, where they stand in `input_ids`).
 
         input_ids, attention_mask: (B, L), `<s>` first, padding between `<s>` and the text; pixel_values: (B, C, H, W); proprio: (B, proprio_dim).
-        Returns logits (B, L + P, V) at every position, or at the last `logits_to_keep`. With past_key_values: input_ids (B, 1) is the next
-        token, attention_mask covers the whole sequence so far (see `sample_action` in the scripts).
+        Returns logits (B, L + P, V) at every position, or at the last `logits_to_keep`. With past_key_values: input_ids (B, n) are the next
+        tokens, attention_mask covers the whole sequence so far (see `sample_action` in the scripts).
         """
         embeds = self.language_model.get_input_embeddings()(input_ids)
         mask = attention_mask

@@ -94,11 +94,15 @@ def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
     assert differing(sparse / "checkpoint", stare / "checkpoint")
 
 
-def test_ppo_resumes_from_a_checkpoint_between_fresh_starts(ppo):
+def test_ppo_resumes_from_a_checkpoint_between_fresh_starts(ppo, capsys):
     """Episodes of 50 steps begin anew every third update of 20 steps; the last update of a run need not be such a one."""
     ppo("run", 1)
     before = tensors(ppo("run", 1, 20, "--resume") / "checkpoint")
+    assert "other settings" not in capsys.readouterr().out
     assert any(not torch.equal(before[name], value) for name, value in tensors(ppo("run", 2, 20, "--resume") / "checkpoint").items())
+    assert "--total-timesteps 40 -> 80" in capsys.readouterr().out
+    with pytest.raises(stare_utils.UserError, match="num_envs \\* num_steps = 40, not 20"):
+        ppo("run", 4, 10, "--resume")
 
 
 def test_rollouts_begin_in_the_state_they_are_named_after_and_a_stopped_collection_goes_on(checkpoint, envs, tmp_path, monkeypatch):
