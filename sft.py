@@ -76,7 +76,6 @@ class Args:
     demo_slip: float = 0.02
     """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right
     action, so the policy sees how to try again"""
-
     demo_pause: float = 0.04
     """chance per step that the expert stands still for 2 to 6 steps, as people who teleoperate do. Pauses are labels too: imitation copies them,
     and where the right motion is uncertain its most likely action is to stay (OpenVLA filters no-ops from its data for that; here
