@@ -333,8 +333,8 @@ def main(args: Args) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     state = load_state(Path(args.output_dir)) if args.resume and args.output_dir else None
     source = state["source"] if state else args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
-    if state and state["batch_size"] != args.batch_size:
-        raise UserError(f"{args.output_dir} was begun with num_envs * num_steps = {state['batch_size']}, not {args.batch_size}: resume with the same")
+    if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())["batch_size"]) != args.batch_size:
+        raise UserError(f"{args.output_dir} was begun with num_envs * num_steps = {begun}, not {args.batch_size}: resume with the same")
     model, processor, folder = load_policy(args.output_dir if state else source, device)
     stats = task_stats(model, args.env_id)
     active = ~vla.constant_dims(stats["action"])
@@ -491,8 +491,7 @@ def main(args: Args) -> None:
         if iteration % save_freq == 0 or iteration == args.num_iterations:
             wall = time.time() - start
             method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
-            state = {"optimizer": optimizer.state_dict(), "iteration": iteration, "batch_size": args.batch_size, "recent": recent, "source": str(source),
-                     "wall_s": wall}  # fmt: skip
+            state = {"optimizer": optimizer.state_dict(), "iteration": iteration, "recent": recent, "source": str(source), "wall_s": wall}
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
             save_checkpoint(output, model, processor, info, state, value_head)
     progress.close()
