@@ -65,12 +65,12 @@ class Args:
 
     demo_path: str = ""
     """ManiSkill .h5 (its .json beside it); empty: the scripted expert makes `num_demos` demonstrations"""
-    num_demos: int = 300
+    num_demos: int = 1000
     """demonstrations that the expert makes, or the most that are read from --demo-path"""
-    demo_speed: float = 0.3
+    demo_speed: float = 0.4
     """the expert moves by at most this share of a full step along each axis: demonstrations are slow and careful, as people's are, and what
     imitation then loses to the horizon is there for reinforcement to win; 1 is the expert itself"""
-    demo_noise: float = 0.15
+    demo_noise: float = 0.1
     """standard deviation of the noise on the expert's executed motion (action units; every other step, at random); the label is the
     expert's clean action, so the policy sees how to recover (DART, Laskey et al. 2017)"""
     demo_slip: float = 0.02

@@ -110,6 +110,7 @@ def observe_pick_cube(env) -> State:
 
 
 HOVER = 0.08  # m: how far above the object the expert comes in
+CENTRED = 0.01  # m: this near to the object's centre the fingers close; from further off they hold a corner, which slips out later
 LIFT = 0.03  # m: lifted or carried this far, a grasped object is being transported
 NEAR = 0.04  # m: transport becomes place
 
@@ -136,7 +137,7 @@ PICK_CUBE = Task(
         Stage("reach", lambda s: torch.ones_like(s["grasped"]),
               lambda s: norm(s["tool"] - s["object"]),
               0.17, lambda s: s["object"] + up(hover(s)), 1.0),
-        Stage("grasp", lambda s: s["grasped"] | (norm(s["tool"] - s["object"]) < 0.015),
+        Stage("grasp", lambda s: s["grasped"] | (norm(s["tool"] - s["object"]) < CENTRED),
               lambda s: norm(s["tool"] - s["object"]) + (~s["grasped"]) * (s["opening"] - 0.04).clamp(min=0) + (LIFT - moved(s)).clamp(min=0),
               0.08, lambda s: s["object"] + up(0.06 * (s["opening"] < 0.045)), -1.0),
         Stage("transport", lambda s: s["grasped"] & (moved(s) > LIFT),

@@ -85,7 +85,8 @@ def pick_cube_state(**changes):
     ("changes", "stage"),
     [
         ({}, 0),
-        ({"tool": [0.0, 0.0, 0.03]}, 1),  # the gripper is at the cube
+        ({"tool": [0.0, 0.0, 0.028]}, 1),  # the gripper is at the cube
+        ({"tool": [0.0, 0.0, 0.032]}, 0),
         ({"tool": [0.0, 0.0, 0.02], "grasped": True}, 1),
         ({"tool": [0.0, 0.0, 0.06], "object": [0.0, 0.0, 0.06], "grasped": True}, 2),  # lifted
         ({"tool": [0.04, 0.0, 0.02], "object": [0.04, 0.0, 0.02], "grasped": True}, 2),  # carried along the table
