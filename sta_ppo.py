@@ -347,7 +347,7 @@ def main(args: Args) -> None:
         betas=(0.9, 0.95), weight_decay=0.0, fused=True,
     )  # fmt: skip
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    iteration, recent = 0, []  # recent: (success, unshaped return, length, furthest stage) of the last 100 counted episodes
+    iteration, recent = 0, []  # recent: (success, unshaped return, length, furthest stage) of the last counted episodes
     if state:
         optimizer.load_state_dict(state["optimizer"])
         value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
@@ -413,7 +413,7 @@ def main(args: Args) -> None:
                     furthest = int(final["furthest_stage"][i])
                     recent.append([float(furthest == K), float(episode_return[i]), float(final["elapsed_steps"][i]), furthest])
                 episode_return[ended], counts[ended] = 0, counts[ended] - 1
-        recent = recent[-100:]
+        recent = recent[-max(100, N * whole) :]  # never a part of a roll-out's episodes: they stand in the order in which they ended, slow ones last
         # V of the true next state: the next row's value, the bootstrap after the last row; at an episode's end V of its final observation
         next_values = torch.where(done, final_values, torch.cat([values[1:], value_of(next_obs)[None]]))
 
