@@ -413,7 +413,7 @@ def main(args: Args) -> None:
                     furthest = int(final["furthest_stage"][i])
                     recent.append([float(furthest == K), float(episode_return[i]), float(final["elapsed_steps"][i]), furthest])
                 episode_return[ended], counts[ended] = 0, counts[ended] - 1
-        recent = recent[-max(100, N * whole) :]  # never a part of a roll-out's episodes: they stand in the order in which they ended, slow ones last
+        recent = recent[-max(100, N * whole) :]  # they stand in the order in which they ended: the end of a large roll-out is its slow ones
         # V of the true next state: the next row's value, the bootstrap after the last row; at an episode's end V of its final observation
         next_values = torch.where(done, final_values, torch.cat([values[1:], value_of(next_obs)[None]]))
 

@@ -110,7 +110,7 @@ def observe_pick_cube(env) -> State:
 
 
 HOVER = 0.08  # m: how far above the object the expert comes in
-CENTRED = 0.01  # m: this near to the object's centre the fingers close; from further off they hold a corner, which slips out later
+CENTRED = 0.01  # m: this near to the object's centre the fingers close; from further off they may hold a corner, which slips out
 LIFT = 0.03  # m: lifted or carried this far, a grasped object is being transported
 NEAR = 0.04  # m: transport becomes place
 

@@ -86,7 +86,7 @@ def pick_cube_state(**changes):
     [
         ({}, 0),
         ({"tool": [0.0, 0.0, 0.028]}, 1),  # the gripper is at the cube
-        ({"tool": [0.0, 0.0, 0.032]}, 0),
+        ({"tool": [0.0, 0.0, 0.032]}, 0),  # not yet
         ({"tool": [0.0, 0.0, 0.02], "grasped": True}, 1),
         ({"tool": [0.0, 0.0, 0.06], "object": [0.0, 0.0, 0.06], "grasped": True}, 2),  # lifted
         ({"tool": [0.04, 0.0, 0.02], "object": [0.04, 0.0, 0.02], "grasped": True}, 2),  # carried along the table
