@@ -2,10 +2,13 @@
 
     python eval.py --checkpoint runs/PickCube-v1__sta_ppo__1__...      # table, results.json with a row per episode
     python eval.py --checkpoint DIR --capture-video                    # and an mp4 grid: stage, Phi and success drawn on the frames
+    python eval.py --checkpoint DIR --ood camera                       # out of distribution: position, camera, lighting
+    python eval.py --checkpoint DIR --instruction-set paraphrase       # the same tasks in words that were not trained on
     python eval.py --compare sft.json sta_ppo.json                     # paired difference of two results on the same seeds
 
 Success is ManiSkill's: `success_once` at any step of the registered horizon, `success_at_end` at its last. The stage funnel is
-P(stage k completed | stage k-1 completed): it says where the episodes are lost.
+P(stage k completed | stage k-1 completed): it says where the episodes are lost. SimplerEnv's tasks have a grid of 24 or 64 initial
+configurations: each is played once, a greedy repeat would be no new trial.
 Letters: N envs, T steps, K stages, A action dimensions, B batch, D hidden width.
 """
 import json
@@ -37,7 +40,7 @@ class Args:
     checkpoint: str = ""
     """checkpoint folder (or the run folder that holds it) of any of the three stages"""
     env_id: str = ""
-    """task; empty: the one that the checkpoint was trained on"""
+    """task, or several with commas between them; empty: all that the checkpoint was trained on"""
     num_eval_episodes: int = 100
     """episodes, each of the registered horizon; the 95 % interval at 90 % success is +-6 points with 100 episodes and +-3.4 with 300"""
     seed: int = 0
@@ -50,6 +53,12 @@ class Args:
     """put the model on the GPU if there is one"""
     capture_video: bool = False
     """write video.mp4: a grid of the first 16 episodes as the policy sees them"""
+    ood: Literal["none", "position", "camera", "lighting"] = "none"
+    """what differs from training, drawn anew from each episode's seed: where the objects lie, where the cameras stand, the lamps (docs/tasks.md)"""
+    instruction_set: Literal["train", "paraphrase"] = "train"
+    """words of the instruction: as trained, or the task's held-out paraphrases in turn"""
+    instruction: str = ""
+    """these words instead"""
     full_meshes: bool = False
     """render the Panda's original visual meshes on the CPU too (4x slower)"""
     output_dir: str = ""
@@ -78,6 +87,14 @@ def load_policy(checkpoint: str, device: torch.device):
         return model, AutoProcessor.from_pretrained(folder), folder
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def check_instructions(model, processor, texts: list[str]) -> None:
+    """Raises UserError when an instruction leaves no room for the action tokens in the model's context."""
+    for text in texts:
+        length, room = len(processor.prompt_ids(text)), model.text_room()
+        if length > room:
+            raise UserError(f"the instruction {text[:40]!r}... has {length} tokens, the model has room for {room}: shorten it")
 
 
 def task_stats(model, env_id: str) -> dict:
@@ -152,39 +169,45 @@ def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
 
 
 def evaluate(
-    model, processor, env_id: str, num_episodes: int, seed: int, num_envs: int, *, backend: str = "cpu", full_meshes: bool = False, video: Path | None = None
+    model, processor, env_id: str, num_episodes: int, seed: int, num_envs: int, *, backend: str = "cpu", full_meshes: bool = False, ood: str = "none",
+    instructions: tuple[str, ...] = (), video: Path | None = None,
 ) -> dict:
-    """Greedy evaluation on full episodes (no termination, no partial reset).
+    """Greedy evaluation on full episodes (no termination, no partial reset). A task with a grid of initial configurations has no more episodes than that.
 
     Returns `success_once`, `success_at_end`, `stage_reach_rate` (K,) = share of episodes that completed stage k (the last equals
     success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows with seed, success_once,
-    success_at_end, return, episode_len, furthest_stage, stage_steps. video: where to write an mp4 of the first 16 episodes.
+    success_at_end, return, episode_len, furthest_stage, stage_steps, and what the task reports at success. instructions: words given to the
+    policy, in turn; empty: the task's. video: where to write an mp4 of the first 16 episodes.
     """
     stats, device, was_training = task_stats(model, env_id), next(model.parameters()).device, model.training
-    active = ~vla.constant_dims(stats["action"])
-    envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes)
-    K, names = envs.num_stages, (*envs.task.stages, "done")
+    task, active = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"])
+    num_episodes, texts = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,)
+    envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes, ood=ood)
+    N, K, names = envs.num_envs, envs.num_stages, (*task.stages, "done")
     model.eval()
     rows, films = [], []
-    progress = tqdm(total=num_episodes, desc="evaluate", unit="episode", disable=None)
+    progress = tqdm(total=num_episodes, desc=f"evaluate {env_id}", unit="episode", disable=None)
     while len(rows) < num_episodes:
         first = EVAL_SEED + 100_000 * seed + len(rows)
-        obs, info = envs.reset(seed=list(range(first, first + envs.num_envs)))
-        once, returns = torch.zeros(envs.num_envs, dtype=torch.bool), torch.zeros(envs.num_envs)
-        steps, film = torch.zeros(envs.num_envs, K + 1, dtype=torch.long), [[] for _ in range(envs.num_envs)]
-        for _ in range(envs.task.max_episode_steps):
-            inputs = processor(obs["rgb"], [envs.task.instruction] * envs.num_envs, obs["proprio"], stats.get("proprio"), device)
+        obs, info = envs.reset(seed=list(range(first, first + N)))
+        once, returns = torch.zeros(N, dtype=torch.bool), torch.zeros(N)
+        steps, film, reported = torch.zeros(N, K + 1, dtype=torch.long), [[] for _ in range(N)], {name: torch.full((N,), math.nan) for name in task.report}
+        for _ in range(task.max_episode_steps):
+            inputs = processor(obs["rgb"], [texts[(len(rows) + i) % len(texts)] for i in range(N)], obs["proprio"], stats.get("proprio"), device)
             bins, _, _ = sample_action(model, inputs, active, greedy=True)
             steps += torch.nn.functional.one_hot(info["stage"].cpu(), K + 1)
             obs, reward, _, truncated, info = envs.step(vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins))
             last_obs, info = (info["final_obs"], info["final_info"]) if truncated.all() else (obs, info)
-            once, returns = once | info["success"].cpu(), returns + reward.cpu()
-            for i in range(envs.num_envs if video and len(films) < 16 else 0):
-                film[i].append(draw(last_obs["rgb"][i], names[info["stage"][i]], float(info["potential"][i]), bool(info["success"][i])))
-        for i in range(min(envs.num_envs, num_episodes - len(rows))):
-            rows.append({"seed": int(info["seed"][i]), "success_once": bool(once[i]), "success_at_end": bool(info["success"][i]),
-                         "return": float(returns[i]), "episode_len": int(info["elapsed_steps"][i]),
-                         "furthest_stage": int(info["furthest_stage"][i]), "stage_steps": steps[i].tolist()})  # fmt: skip
+            success = info["success"].cpu()
+            for name, values in reported.items():
+                values[success & ~once] = info[name].cpu()[success & ~once]
+            once, returns = once | success, returns + reward.cpu()
+            for i in range(N if video and len(films) < 16 else 0):
+                film[i].append(draw(last_obs["rgb"][i], names[info["stage"][i]], float(info["potential"][i]), bool(success[i])))
+        for i in range(min(N, num_episodes - len(rows))):
+            rows.append({"seed": int(info["seed"][i]), "success_once": bool(once[i]), "success_at_end": bool(success[i]),
+                         "return": float(returns[i]), "episode_len": int(info["elapsed_steps"][i]), "furthest_stage": int(info["furthest_stage"][i]),
+                         "stage_steps": steps[i].tolist(), **{name: float(values[i]) for name, values in reported.items() if once[i]}})  # fmt: skip
             films.append(film[i])
             progress.update()
     progress.close()
@@ -204,8 +227,10 @@ def evaluate(
 
 def print_table(results: list[dict]) -> None:
     """A row per result: success with its interval, where the episodes are lost, and the paired difference to the row before."""
-    stages = stare_utils.get_task(results[0]["env_id"]).stages
-    columns = " ".join(f"{name:>9s}" for name in stages)
+    if len({result["env_id"] for result in results}) > 1:
+        raise UserError(f"these results are of different tasks: {', '.join(result['env_id'] for result in results)}")
+    task = stare_utils.get_task(results[0]["env_id"])
+    columns = " ".join(f"{name:>9s}" for name in task.stages)
     print(f"{'method':10s} {'success_once [95 %]':>22s} {'at_end':>7s}   {columns}   difference to the row above [95 %]")
     for before, result in zip([None, *results], results, strict=False):
         n = len(result["episodes"])
@@ -216,7 +241,10 @@ def print_table(results: list[dict]) -> None:
         if before:
             line += "   {difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**paired_difference(before["episodes"], result["episodes"]))
         print(line)
-    print(f"{n} greedy episodes each; a stage's column is P(stage completed | stage before completed)")
+        for name in task.report:
+            values = [row[name] for row in result["episodes"] if row["success_once"]]
+            print(f"{'':10s} {name} at success: median {np.median(values or math.nan):.3f}, largest {np.max(values, initial=0):.3f}")
+    print(f"{task.instruction!r}: {n} greedy episodes each; a stage's column is P(stage completed | stage before completed)")
 
 
 def read_results(path: str) -> dict:
@@ -243,22 +271,30 @@ def main(args: Args) -> None:
         raise UserError(f"--num-eval-episodes must be at least 1, not {args.num_eval_episodes}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     model, processor, folder = load_policy(args.checkpoint, device)
-    env_id = args.env_id or next(iter(model.config.norm_stats), "")
-    stare_utils.get_task(env_id)
-    task_stats(model, env_id)
+    env_ids = stare_utils.env_ids(args.env_id) if args.env_id else list(model.config.norm_stats)
+    texts = {}
+    for env_id in env_ids:
+        stare_utils.check_world(env_id, args.full_meshes)
+        task_stats(model, env_id)
+        texts[env_id] = (args.instruction,) if args.instruction else stare_utils.get_task(env_id).paraphrases if args.instruction_set == "paraphrase" else ()
+        check_instructions(model, processor, texts[env_id])
     output = make_folder(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
-    start = time.time()
-    video = output / "video.mp4" if args.capture_video else None
-    result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend,
-                      full_meshes=args.full_meshes, video=video)  # fmt: skip
     trained = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    result = {"method": args.method or trained.get("method", ""), "env_id": env_id, "seed": trained.get("seed"), "num_episodes": args.num_eval_episodes,
-              "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1),
-              "commit": commit, "command": " ".join(["python", *sys.argv]), **result}  # fmt: skip
-    write_text(output / "results.json", json.dumps(result))
-    print_table([result])
-    print(f"wrote {output / 'results.json'}" + (f" and {video}" if video else ""))
+    for env_id in env_ids:
+        start = time.time()
+        # what differs from a plain evaluation of one task has files of its own
+        kinds = [env_id] * (len(env_ids) > 1) + [args.ood] * (args.ood != "none") + ["other_words"] * bool(texts[env_id])
+        name = "_".join(["results", *kinds])
+        video = output / f"{name.replace('results', 'video')}.mp4" if args.capture_video else None
+        result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend,
+                          full_meshes=args.full_meshes, ood=args.ood, instructions=texts[env_id], video=video)  # fmt: skip
+        row = {"method": args.method or trained.get("method", ""), "env_id": env_id, "seed": trained.get("seed"), "num_episodes": len(result["episodes"]),
+               "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1), "ood": args.ood,
+               "instructions": texts[env_id], "commit": commit, "command": " ".join(["python", *sys.argv])}  # fmt: skip
+        write_text(output / f"{name}.json", json.dumps({**row, **result}))
+        print_table([{**row, **result}])
+        print(f"wrote {output / name}.json" + (f" and {video}" if video else ""))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Imitation, step 1 of IPI: a VLA learns the demonstrations' actions as tokens.
 
     python sft.py --env-id PickCube-v1                        # makes demonstrations with the scripted expert, then trains
-    python sft.py --env-id PickCube-v1 --demo-path demos.h5   # ManiSkill's own trajectory format; without images it is replayed
+    python sft.py --env-id PickCube-v1 --demo-path demos.h5   # ManiSkill's own trajectory format, seen anew through our cameras
+    python sft.py --env-id PickCube-v1,PushCube-v1            # one VLA for several tasks, told apart by their instructions
 
 loss = -mean over samples of [ sum over active action tokens of log pi(token | image, proprioception, instruction, tokens before) ] / (active tokens)
        + c_aux * smooth L1 distance between a linear read-out of the hidden state and where object and goal are
@@ -36,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
-from stare_utils import EE_STEP, TRAIN_SEEDS, ScriptedExpert, UserError, make_envs, make_folder
+from stare_utils import TASKS, TRAIN_SEEDS, ScriptedExpert, UserError, make_envs, make_folder
 
 
 @dataclass
@@ -57,21 +58,21 @@ class Args:
     vla: str = "tiny"
     """`tiny` (from scratch), a checkpoint folder, or a hub id"""
     env_id: str = "PickCube-v1"
-    """task"""
+    """task, or several with commas between them"""
     num_envs: int = 8
     """env processes (CPU) or parallel envs (GPU) that make demonstrations and evaluate"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
 
     demo_path: str = ""
-    """ManiSkill .h5 (its .json beside it); empty: the scripted expert makes `num_demos` demonstrations"""
+    """ManiSkill .h5 (its .json beside it), one per task with commas between; empty: the scripted expert makes `num_demos` demonstrations"""
     num_demos: int = 1000
-    """demonstrations that the expert makes, or the most that are read from --demo-path"""
+    """demonstrations of each task that the expert makes, or the most that are read from --demo-path"""
     demo_speed: float = 0.4
-    """the expert moves by at most this share of a full step along each axis: demonstrations are slow and careful, as people's are, and what
+    """the expert moves by at most this share of its largest step along each axis: demonstrations are slow and careful, as people's are, and what
     imitation then loses to the horizon is there for reinforcement to win; 1 is the expert itself"""
     demo_noise: float = 0.1
-    """standard deviation of the noise on the expert's executed motion (action units; every other step, at random); the label is the
+    """standard deviation of the noise on the expert's executed motion (shares of its largest step; every other step, at random); the label is the
     expert's clean action, so the policy sees how to recover (DART, Laskey et al. 2017)"""
     demo_slip: float = 0.02
     """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right
@@ -191,7 +192,7 @@ def load_policy(checkpoint: str, device: torch.device):
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
     """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
 
-    inputs: the processor's; bins: (B, A) long; active: (A,) bool. Returns logprob (B,) fp32 = sum over active tokens,
+    inputs: the processor's; bins: (B, A) long; active: (A,) or (B, A) bool. Returns logprob (B,) fp32 = sum over active tokens,
     entropy (B,) likewise, hidden (B, D) at the token before the first action token, greedy (B, A) = the most likely bins.
     """
     end, n, A = model.config.action_id_end, model.config.n_action_bins, bins.shape[-1]
@@ -206,26 +207,35 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
 
 
-def collect_demos(path: Path, args: Args) -> None:
+def check_instructions(model, processor, texts: list[str]) -> None:
+    """Raises UserError when an instruction leaves no room for the action tokens in the model's context."""
+    for text in texts:
+        length, room = len(processor.prompt_ids(text)), model.text_room()
+        if length > room:
+            raise UserError(f"the instruction {text[:40]!r}... has {length} tokens, the model has room for {room}: shorten it")
+
+
+def collect_demos(path: Path, env_id: str, args: Args) -> None:
     """Runs the scripted expert until `num_demos` episodes have succeeded and writes them as ManiSkill does: `traj_i` groups with
     `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels) and `geometry` (T x 6)."""
-    horizon = 2 * stare_utils.get_task(args.env_id).max_episode_steps  # who is slow and errs needs time
-    envs = make_envs(args.env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon)
+    task = TASKS[env_id]
+    horizon, limit = 2 * task.max_episode_steps, torch.tensor(task.arm.limit)  # who is slow and errs needs time
+    envs = make_envs(env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon)
     expert, episodes, kept, failures = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], [], 0
     rng, K = np.random.default_rng(args.seed), envs.num_stages
     slip, slip_left, pause_left = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(3))
     obs, info = envs.reset(seed=[int(s) for s in rng.integers(TRAIN_SEEDS, size=args.num_envs)])
-    progress = tqdm(total=args.num_demos, desc="demonstrations", unit="episode", disable=None)
+    progress = tqdm(total=args.num_demos, desc=f"{env_id} demonstrations", unit="episode", disable=None)
     with h5py.File(path.with_suffix(".tmp"), "w") as file:
         while len(kept) < args.num_demos:
             begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_slip) & (slip_left == 0)
             slip[begin], slip_left[begin] = (torch.from_numpy(rng.integers(*span, args.num_envs))[begin] for span in ((1, K), (3, 9)))
             label, played = expert.act(), expert.act(slip * (slip_left > 0))
             for move in (label, played):
-                move[:, :3] = move[:, :3].clamp(-args.demo_speed, args.demo_speed)
+                move[:, :3] = move[:, :3].clamp(-args.demo_speed * limit[:3], args.demo_speed * limit[:3])
             noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float()
             noise[:, 3:] = 0  # translation alone: a disturbed wrist is out of the expert's reach
-            action = (played + noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-1, 1)
+            action = (played + limit * noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-limit, limit)
             begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_pause) & (slip_left == 0) & (pause_left == 0)
             pause_left[begin] = torch.from_numpy(rng.integers(2, 7, args.num_envs))[begin]
             still = pause_left > 0
@@ -245,7 +255,7 @@ def collect_demos(path: Path, args: Args) -> None:
                         group["obs/proprio"] = np.concatenate([proprio, final["proprio"][i][None].cpu()])
                         group["actions"], group["expert_actions"], group["geometry"] = actions, labels, where
                         group["success"] = np.arange(1, len(actions) + 1) == len(actions)
-                        kept.append({"episode_id": len(kept), "episode_seed": int(info["seed"][i]), "control_mode": envs.task.control_mode,
+                        kept.append({"episode_id": len(kept), "episode_seed": int(info["seed"][i]), "control_mode": task.arm.control_mode,
                                      "elapsed_steps": len(actions), "success": True})  # fmt: skip
                         progress.update()
                     failures += not next_info["final_info"]["success"][i]
@@ -256,7 +266,7 @@ def collect_demos(path: Path, args: Args) -> None:
             obs, info = next_obs, next_info
     progress.close()
     envs.close()
-    meta = {"env_info": {"env_id": args.env_id, "max_episode_steps": horizon}, "source_type": "scripted", "episodes": kept}
+    meta = {"env_info": {"env_id": env_id, "max_episode_steps": horizon}, "source_type": "scripted", "episodes": kept}
     write_text(path.with_suffix(".json"), json.dumps(meta))
     path.with_suffix(".tmp").rename(path)
 
@@ -265,7 +275,7 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, t
     """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A) and geometry (M, 6) of the first `num_demos` successful episodes of a ManiSkill .h5.
     Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera.
     Raises UserError on a file of another env or control mode, without actions or without states."""
-    mode = stare_utils.get_task(env_id).control_mode
+    mode = TASKS[env_id].arm.control_mode
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
         file = h5py.File(path)
@@ -288,7 +298,8 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, t
             if "geometry" in group:
                 rgb, proprio, where = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group["geometry"][:]
             elif "env_states" in group:
-                env = env or stare_utils.make_single_env(env_id)
+                env = env or stare_utils.StageEnv(env_id, 1, "cpu", 0)
+                env.reset()  # objects' sizes and hidden goals belong to the episode
                 states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[: len(group["actions"])]
                 rgb, proprio, where = (np.concatenate(x) for x in zip(*(env.observe_state(state).values() for state in states), strict=True))
             else:
@@ -297,49 +308,56 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, t
     return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
 
 
-def demo_stats(actions: torch.Tensor, proprio: torch.Tensor) -> dict:
-    """`norm_stats` of a task. Actions: the controller's bounds [-1, 1] where the demonstrations move at all, else the constant, so that
-    reinforcement learning may leave the demonstrations' range; the percentiles of OpenVLA would clip it to what the expert did."""
-    low, high = actions.amin(0), actions.amax(0)
-    constant = high - low < 1e-3
-    middle = (low + high) / 2
-    return {
-        "action": {"q01": torch.where(constant, middle, -1.0).tolist(), "q99": torch.where(constant, middle, 1.0).tolist(), "mask": [True] * len(low)},
-        "proprio": {"mean": proprio.mean(0).tolist(), "std": proprio.std(0).clamp(min=1e-3).tolist()},
-    }
+def action_stats(actions: torch.Tensor, env_id: str) -> dict:
+    """The `action` entry of `norm_stats`: the largest actions of the task's expert where the demonstrations move at all, else the constant, so
+    that reinforcement learning may leave the demonstrations' range; the percentiles of OpenVLA would clip it to what the expert did."""
+    low, high, limit = actions.amin(0), actions.amax(0), torch.tensor(TASKS[env_id].arm.limit)
+    constant, middle = high - low < 1e-3 * limit, (low + high) / 2
+    return {"q01": torch.where(constant, middle, -limit).tolist(), "q99": torch.where(constant, middle, limit).tolist(), "mask": [True] * len(low)}
 
 
 def main(args: Args) -> None:
     start = time.time()
-    task = stare_utils.get_task(args.env_id)
+    env_ids = stare_utils.env_ids(args.env_id)
+    args.env_id, paths = ",".join(env_ids), [Path(path) for path in args.demo_path.split(",") if path]
     for name in ("num_envs", "num_demos", "num_updates", "batch_size", "save_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if paths and len(paths) != len(env_ids):
+        raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     seed_everything(args.seed)
 
     # Everything that can be wrong with the input is found before the run folder is made
-    stare_utils.prepare_renderer()
-    demos = read_demos(Path(args.demo_path), args.env_id, args.num_demos) if args.demo_path else None
+    for env_id in env_ids:
+        stare_utils.check_world(env_id)
+    demos = [read_demos(path, env_id, args.num_demos) for path, env_id in zip(paths, env_ids, strict=True)] if paths else []
     state = load_state(Path(args.output_dir)) if args.resume and args.output_dir else None
     if state or args.vla != "tiny":
         model, processor, _ = load_policy(args.output_dir if state else args.vla, device)
     else:
         model = vla.OpenVLAForActionPrediction(vla.tiny_config()).to(device)
         model.init_action_rows()
-        processor = vla.tiny_processor([t.instruction for t in stare_utils.TASKS.values()])
+        processor = vla.tiny_processor([task.instruction for task in TASKS.values()])
+    instructions = [TASKS[env_id].instruction for env_id in env_ids]
+    check_instructions(model, processor, instructions)
     output, writer = open_run(args, "sft")
-    if demos is None:
-        if not (output / "demos.h5").exists():
-            collect_demos(output / "demos.h5", args)
-        demos = read_demos(output / "demos.h5", args.env_id, args.num_demos)
-    rgb, proprio, actions, where = demos
-    # A policy that knows the task already keeps the units it was trained in
-    stats = model.config.norm_stats.get(args.env_id) or demo_stats(actions, proprio)
-    model.config.norm_stats = {**model.config.norm_stats, args.env_id: stats}
-    active = ~vla.constant_dims(stats["action"])
-    bins = vla.tokenize_actions(actions, stats["action"])
-    print(f"{len(rgb)} frames; action dimensions that vary: {active.nonzero()[:, 0].tolist()}; {(time.time() - start):.0f} s so far")
+    for env_id in env_ids[len(demos) :]:
+        if not (output / f"demos_{env_id}.h5").exists():
+            collect_demos(output / f"demos_{env_id}.h5", env_id, args)
+        demos.append(read_demos(output / f"demos_{env_id}.h5", env_id, args.num_demos))
+    rgb, proprio, actions, where = (torch.cat(parts) for parts in zip(*demos, strict=True))
+    which = torch.repeat_interleave(torch.arange(len(env_ids)), torch.tensor([len(part[0]) for part in demos]))  # (M,) task of each frame
+    # A policy keeps the units it was trained in: those of its proprioception, and those of the actions of each task that it knows
+    known, pooled = model.config.norm_stats, {"mean": proprio.mean(0).tolist(), "std": proprio.std(0).clamp(min=1e-3).tolist()}
+    pooled = next((known[env_id]["proprio"] for env_id in known if "proprio" in known[env_id]), pooled)
+    stats = [known.get(env_id) or {"action": action_stats(part[2], env_id), "proprio": pooled} for env_id, part in zip(env_ids, demos, strict=True)]
+    model.config.norm_stats = {**known, **dict(zip(env_ids, stats, strict=True))}
+    bins = torch.cat([vla.tokenize_actions(part[2], s["action"]) for part, s in zip(demos, stats, strict=True)])
+    actives = torch.stack([~vla.constant_dims(s["action"]) for s in stats])  # (tasks, A)
+    del demos
+    varying = ", ".join(f"{env_id} {row.nonzero()[:, 0].tolist()}" for env_id, row in zip(env_ids, actives, strict=True))
+    print(f"{len(rgb)} frames; action dimensions that vary: {varying}; {(time.time() - start):.0f} s so far")
     aux_head = torch.nn.Linear(model.config.text_config.hidden_size, where.shape[-1]).to(device)
     optimizer = torch.optim.AdamW(
         [*model.parameters(), *aux_head.parameters()], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
@@ -356,7 +374,8 @@ def main(args: Args) -> None:
         # The step alone decides its batch, so that a resumed run sees the same data
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         index = torch.randint(len(rgb), (args.batch_size,), generator=generator)
-        inputs = processor(rgb[index], [task.instruction] * len(index), proprio[index], stats["proprio"], device)
+        tasks, active = which[index].tolist(), actives[which[index]].to(device)  # (B, A)
+        inputs = processor(rgb[index], [instructions[i] for i in tasks], proprio[index], stats[0]["proprio"], device)
         jitter = args.label_jitter * torch.randn(bins[index].shape, generator=generator)
         jitter[:, -1] = 0  # the gripper knows two commands and nothing between
         mb_bins = (bins[index] + jitter.round().long()).clamp(0, model.config.n_action_bins - 1).to(device)
@@ -364,8 +383,8 @@ def main(args: Args) -> None:
         optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / args.warmup_updates, 0.5 * (1 + np.cos(np.pi * fraction)))
 
         logprob, _, hidden, greedy = action_logprob(model, inputs, mb_bins, active)
-        ce = -logprob.mean() / active.sum()  # cross-entropy per active token, nats
-        aux_loss = F.smooth_l1_loss(aux_head(hidden.float()), where[index].to(device) / EE_STEP)  # in units of one env step's motion
+        ce = -(logprob / active.sum(-1)).mean()  # cross-entropy per active token, nats
+        aux_loss = F.smooth_l1_loss(aux_head(hidden.float()), where[index].to(device) / 0.1)  # in units of 10 cm
         loss = ce + args.aux_coef * aux_loss
         optimizer.zero_grad()
         loss.backward()
@@ -374,9 +393,9 @@ def main(args: Args) -> None:
         step += 1
 
         with torch.no_grad():
-            decoded = vla.detokenize_actions(greedy, stats["action"])
-            l1 = (decoded - actions[index].to(device)).abs()[:, active].mean()
-            history.append(torch.stack([ce, aux_loss, (greedy == bins[index].to(device))[:, active].float().mean(), l1, grad_norm]))
+            error = (greedy - bins[index].to(device)).abs()[active]
+            l1 = 2 * error.float().mean() / (model.config.n_action_bins - 1)  # in units of the largest action
+            history.append(torch.stack([ce, aux_loss, (error == 0).float().mean(), l1, grad_norm]))
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
             ce, aux, accuracy, l1, norm = torch.stack(history).mean(0).tolist()  # the means since the last line
@@ -394,11 +413,11 @@ def main(args: Args) -> None:
             save_checkpoint(output, model, processor, {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}, state)
     progress.close()
 
-    if args.num_eval_episodes:
-        result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
+    for env_id in env_ids if args.num_eval_episodes else []:
+        result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
         for key in ("success_once", "success_at_end"):
-            writer.add_scalar(f"eval/{key}", result[key], step)
-        print(f"success_once {result['success_once']:.3f} over {args.num_eval_episodes} episodes")
+            writer.add_scalar(f"eval/{key}" if len(env_ids) == 1 else f"eval/{env_id}/{key}", result[key], step)
+        print(f"{env_id}: success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
 

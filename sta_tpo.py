@@ -228,7 +228,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
     """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
 
-    inputs: the processor's; bins: (B, A) long; active: (A,) bool. Returns logprob (B,) fp32 = sum over active tokens,
+    inputs: the processor's; bins: (B, A) long; active: (A,) or (B, A) bool. Returns logprob (B,) fp32 = sum over active tokens,
     entropy (B,) likewise, hidden (B, D) at the token before the first action token, greedy (B, A) = the most likely bins.
     """
     end, n, A = model.config.action_id_end, model.config.n_action_bins, bins.shape[-1]
@@ -363,6 +363,9 @@ def print_pairs(pairs: list[dict], rollouts: list[dict], stages: tuple[str, ...]
 
 def main(args: Args) -> None:
     start = time.time()
+    args.env_id, *others = stare_utils.env_ids(args.env_id)
+    if others:
+        raise UserError("--env-id takes one task here; sft.py and eval.py take several")
     task = stare_utils.get_task(args.env_id)
     for name in ("num_envs", "num_initial_states", "num_epochs", "batch_size", "chunk_size", "save_freq"):
         if getattr(args, name) < 1:
@@ -379,7 +382,7 @@ def main(args: Args) -> None:
     stats = task_stats(model, args.env_id)
     active = ~vla.constant_dims(stats["action"])
     seed_everything(args.seed)
-    stare_utils.prepare_renderer()
+    stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_tpo")
     write_text(output / "source.txt", str(source))
 

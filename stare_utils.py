@@ -1,13 +1,15 @@
 """The world of STARE-VLA: tasks, stages, stage distances, costs and potentials, vectorised environments, scripted expert.
 
 Scripts import this module; it imports none of them, reads no `args`, and holds no loss, advantage or optimiser step.
-Letters: N envs, T steps, K stages, A action dimensions. Every stage function reads batched tensors, so the same code
-serves ManiSkill's GPU simulation (one batched env) and the CPU (one process per env).
+Letters: N envs, T steps, K stages, A action dimensions. Units: metres, radians, seconds; world frame. Every stage function reads batched
+tensors, so the same code serves ManiSkill's GPU simulation (one batched env) and the CPU (one process per env).
 
-A task is one entry of `TASKS`. To add one, write a function that reads its state and one `Stage` per stage; nothing else changes.
+A task is one entry of `TASKS`: to add one, write a function that reads its state and one `Stage` per stage (docs/tasks.md); nothing else changes.
 """
 import difflib
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,9 +28,10 @@ State = dict[str, Tensor]
 
 TRAIN_SEEDS = 2**30  # episodes of training draw their seeds below this number ...
 EVAL_SEED = 2**30  # ... and evaluation starts here: the two never meet
-CONTROL_STEP = 0.05  # seconds per env step (20 Hz control)
+CONTROL_STEP = 0.05  # s per env step of the Panda's tasks (20 Hz control)
 IMAGE_SIZE = 128  # pixels: side of the observation
-EE_STEP = 0.1  # metres (and radians) that an action of 1 moves the tool in pd_ee_delta_pose
+OOD_SHIFT, OOD_CAMERA = 0.1, 0.05  # m: how far `--ood position` and `--ood camera` move things
+TRAIN_JITTER = 0.02  # m: how far from SimplerEnv's grid, which evaluation plays, training puts objects along x and y
 
 
 class UserError(Exception):
@@ -47,35 +50,48 @@ def make_folder(path: str | Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks: one entry each. Thresholds in metres, radians and seconds.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ Tasks ------------------------------------------------------------
+@dataclass(frozen=True)
+class Arm:
+    tool: str  # link between the fingertips, which open along its y axis
+    control_mode: str
+    unit: tuple[float, ...]  # (6,) how far, in world axes, an action of 1 moves (m) and turns (rad) the tool
+    limit: tuple[float, ...]  # (A,) the largest action that the expert takes: what tokens and demonstrations span
+
+
+# ManiSkill scales the Panda's rotations by their lower bound, -0.1 rad. The WidowX is driven in its base's frame, turned by 180 degrees
+PANDA = Arm("panda_hand_tcp", "pd_ee_delta_pose", (0.1, 0.1, 0.1, -0.1, -0.1, -0.1), (1.0,) * 7)
+WIDOWX = Arm("ee_gripper_link", "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos", (-1, -1, 1, -1, -1, 1), (0.05,) * 3 + (0.3,) * 3 + (1.0,))
+
+
 @dataclass(frozen=True)
 class Stage:
     name: str
-    entry: Callable[[State], Tensor]
-    """(N,) bool: true once this stage has begun; it is the end condition of the stage before (stage 0: always true)"""
-    distance: Callable[[State], Tensor]
-    """(N,) metres >= 0: what is left to do in this stage"""
-    length: float
-    """L_k in metres: median of `distance` at entry on expert episodes (`benchmark/expert.py` measures it)"""
-    target: Callable[[State], Tensor]
-    """(N, 3) metres, world frame: where the expert drives the tool during this stage"""
-    gripper: float
-    """what the expert commands the gripper: 1 opens, -1 closes"""
+    entry: Callable[[State], Tensor]  # (N,) bool: this stage has begun, which is the end condition of the stage before (stage 0: always true)
+    distance: Callable[[State], Tensor]  # (N,) m (rad for orientation) >= 0: what is left to do in this stage
+    length: float  # L_k: median of `distance` at entry on expert episodes (benchmark/expert.py measures it)
+    target: Callable[[State], Tensor]  # (N, 3): where the expert drives the tool during this stage
+    gripper: Callable[[State], Tensor]  # (N,): what the expert commands the gripper, 1 opens, -1 closes
+    turn: Callable[[State], Tensor] = lambda s: torch.zeros_like(s["tool"])  # (N, 3) rotation vector by which the expert turns the tool
+
+
+Views = tuple[tuple[tuple[float, float, float], tuple[float, float, float], float], ...]
 
 
 @dataclass(frozen=True)
 class Task:
     instruction: str
+    paraphrases: tuple[str, ...]  # the same in words that are never trained on: `eval.py --instruction-set paraphrase`
     stage_table: tuple[Stage, ...]
-    observe: Callable[[gym.Env], State]
-    """reads the simulator: `tool` (N, 3), `object` (N, 3), `goal` (N, 3), `yaw_error` (N,), `opening` (N,), `grasped` (N,) and so on"""
+    observe: Callable[[gym.Env], State]  # reads the simulator: what observe_arm returns, and whatever else the task's stages read
     max_episode_steps: int
-    views: tuple[tuple[tuple[float, float, float], tuple[float, float, float], float], ...]
-    """eye, look-at point and vertical field of view (radians) of each camera. Their pictures stand side by side in one image. Two views at a
-    right angle: what the hand hides in one is seen in the other, and depth needs no guessing; the object spans at least 8 pixels in each"""
-    control_mode: str = "pd_ee_delta_pose"
+    # eye, look-at point, vertical field of view of each camera; (): the env's own. Two at a right angle: what the hand hides in one is seen in the other
+    views: Views = ()
+    wide: bool = False  # two pictures of 128 x 64 pixels, one above the other, instead of 64 x 128 side by side
+    arm: Arm = PANDA
+    movable: Callable[[gym.Env], list] = lambda env: [env.obj]  # actors that `--ood position` moves together, the object first
+    grid: int = 0  # SimplerEnv: how many initial configurations, each played once in an evaluation; 0: episodes are drawn at random
+    report: tuple[str, ...] = ()  # entries of the state that evaluation reports beside success
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -88,42 +104,45 @@ def norm(x: Tensor) -> Tensor:
 
 
 def up(height: Tensor) -> Tensor:
-    """(N,) heights -> (N, 3) vertical offsets."""
+    """(N,) heights -> (N, 3) vertical offsets; as a rotation vector: a turn about the vertical."""
     return torch.stack([torch.zeros_like(height), torch.zeros_like(height), height], -1)
 
 
-def yaw(q: Tensor) -> Tensor:
-    """Rotation about the vertical axis of a (w, x, y, z) quaternion, (N, 4) -> (N,) radians."""
+def flat(x: Tensor) -> Tensor:
+    """The horizontal part of (N, 3)."""
+    return x * torch.tensor([1.0, 1.0, 0.0], device=x.device)
+
+
+def axis(q: Tensor, i: int) -> Tensor:
+    """Where a body's own x (i = 0) or y (1) axis points, (N, 4) quaternions (w, x, y, z) -> (N, 3)."""
     w, x, y, z = q.unbind(-1)
-    return torch.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    ways = (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)), (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x))
+    return torch.stack(ways[i], -1)
 
 
-def observe_pick_cube(env) -> State:
-    grasped = env.agent.is_grasping(env.cube)
-    tool, cube = env.agent.tcp_pose, env.cube.pose
-    # a cube looks the same after a quarter turn: the nearest of the four yaws
-    error = torch.remainder(yaw(cube.q) - yaw(tool.q) + torch.pi / 4, torch.pi / 2) - torch.pi / 4
+def heading(x: Tensor) -> Tensor:
+    """Direction of (N, 3) on the table, (N,) radians."""
+    return torch.atan2(x[:, 1], x[:, 0])
+
+
+def wrap(angle: Tensor, period: float) -> Tensor:
+    """The equal turn that is nearest to zero."""
+    return torch.remainder(angle + period / 2, period) - period / 2
+
+
+def observe_arm(env, arm: Arm, pose, goal: Tensor, grasped: Tensor, width: float | Tensor, period: float = torch.pi, grip: Tensor | None = None) -> State:
+    """What every task reads. pose: the object's, its long axis first; goal (N, 3); grasped (N,) bool; width: finger opening at which it is held;
+    period: it looks alike after this turn; grip (N, 3): where the tool takes hold of it, its centre by default."""
+    tool, controller = env.agent.robot.links_map[arm.tool], env.agent.controller.controllers["arm"]
+    # a controller with a target moves that, and the tool follows late
+    command = env.agent.robot.pose * controller._target_pose if controller.config.use_target else tool.pose
+    grip, offset, opening = pose.p if grip is None else grip, pose.p - goal, env.agent.robot.qpos[:, -2:].sum(-1)
     return {
-        "tool": tool.p, "object": cube.p, "goal": env.goal_site.pose.p, "grasped": grasped, "yaw_error": error,
-        "opening": env.agent.robot.qpos[:, -2:].sum(-1), "speed": norm(env.agent.tcp.linear_velocity),
+        "tool": tool.pose.p, "quaternion": tool.pose.q, "command": command.p, "speed": norm(tool.linear_velocity), "opening": opening,
+        "object": pose.p, "goal": goal, "grip": grip, "grasped": grasped, "width": 0 * opening + width, "wait": 0 * opening,
+        "to_grip": norm(tool.pose.p - grip), "to_goal": norm(offset), "beside_goal": norm(flat(offset)), "above_goal": offset[:, 2],
+        "yaw_error": wrap(heading(axis(pose.q, 0)) + torch.pi / 2 - heading(axis(command.q, 1)), period),
     }  # fmt: skip
-
-
-HOVER = 0.08  # m: how far above the object the expert comes in
-CENTRED = 0.01  # m: this near to the object's centre the fingers close; from further off they may hold a corner, which slips out
-LIFT = 0.03  # m: lifted or carried this far, a grasped object is being transported
-NEAR = 0.04  # m: transport becomes place
-
-
-def hover(s: State) -> Tensor:
-    """Height above the object at which the tool should be: a funnel. It does not wait for the yaw: where the expert stands still, an
-    argmax policy stands still for ever, and the fingers open wider than the object's diagonal."""
-    return (4 * (norm((s["object"] - s["tool"])[:, :2]) - 0.01)).clamp(0, HOVER)
-
-
-def moved(s: State) -> Tensor:
-    """(N,) metres: how far the object is from where the episode began."""
-    return norm(s["object"] - s["object_start"])
 
 
 def geometry(s: State) -> Tensor:
@@ -131,39 +150,233 @@ def geometry(s: State) -> Tensor:
     return torch.cat([s["object"] - s["tool"], s["goal"] - s["tool"]], -1)
 
 
-PICK_CUBE = Task(
-    instruction="pick up the red cube and move it to the green ball",
-    stage_table=(
-        Stage("reach", lambda s: torch.ones_like(s["grasped"]),
-              lambda s: norm(s["tool"] - s["object"]),
-              0.17, lambda s: s["object"] + up(hover(s)), 1.0),
-        Stage("grasp", lambda s: s["grasped"] | (norm(s["tool"] - s["object"]) < CENTRED),
-              lambda s: norm(s["tool"] - s["object"]) + (~s["grasped"]) * (s["opening"] - 0.04).clamp(min=0) + (LIFT - moved(s)).clamp(min=0),
-              0.08, lambda s: s["object"] + up(0.06 * (s["opening"] < 0.045)), -1.0),
-        Stage("transport", lambda s: s["grasped"] & (moved(s) > LIFT),
-              lambda s: norm(s["object"] - s["goal"]),
-              0.17, lambda s: s["tool"] + s["goal"] - s["object"], -1.0),
-        Stage("place", lambda s: s["grasped"] & (norm(s["object"] - s["goal"]) < NEAR),
-              lambda s: norm(s["object"] - s["goal"]) + CONTROL_STEP * s["speed"],
-              0.05, lambda s: s["tool"] + s["goal"] - s["object"], -1.0),
-    ),
-    observe=observe_pick_cube, max_episode_steps=50, views=(((0.0, 0.62, 0.32), (0.0, 0.0, 0.165), 0.82), ((0.62, 0.0, 0.32), (0.0, 0.0, 0.165), 0.82)),
-)  # fmt: skip
+HOVER = 0.08  # m: how far above the object the expert comes in
+CENTRED = 0.01  # m: this near to the grip the fingers close; from further off they may hold a corner, which slips out
+LIFT = 0.03  # m: lifted or carried this far, a grasped object is being transported
 
-TASKS: dict[str, Task] = {"PickCube-v1": PICK_CUBE}
+
+def always(s: State) -> Tensor:
+    return torch.ones_like(s["grasped"])
+
+
+def gripper(command: float) -> Callable[[State], Tensor]:
+    return lambda s: torch.full_like(s["opening"], command)
+
+
+def moved(s: State) -> Tensor:
+    """(N,) metres: how far the object is from where the episode began."""
+    return norm(s["object"] - s["object_start"])
+
+
+def lifted(s: State) -> Tensor:
+    return s["grasped"] & (moved(s) > LIFT)
+
+
+def hover(s: State) -> Tensor:
+    """(N, 3) above the grip: a funnel. It waits for the yaw only where a task says so (`wait`): where the expert stands still, an argmax policy
+    stands still for ever, and the fingers open wider than most objects' diagonal."""
+    return s["grip"] + up((4 * (norm(flat(s["grip"] - s["tool"])) - 0.01)).clamp(0, HOVER).maximum(s["wait"]))
+
+
+def straight(s: State) -> Tensor:
+    return s["tool"] + s["goal"] - s["object"]
+
+
+def carry(s: State, clearance: float) -> Tensor:
+    """Where the tool should be, (N, 3), to bring the object over the goal: up first, across `clearance` above it, then down."""
+    climb = (4 * (s["beside_goal"] - 0.01)).clamp(0, clearance) - s["above_goal"]
+    return s["tool"] + flat(s["goal"] - s["object"]) * (climb < 0.02)[:, None] + up(climb)
+
+
+def release(s: State) -> Tensor:
+    """Opens the fingers where the object lies at the goal, and where they have begun to."""
+    return torch.where((s["beside_goal"] < 0.012) & (s["above_goal"].abs() < 0.005) | ~s["grasped"], 1.0, -1.0)
+
+
+def pick(reach_length: float, grasp_length: float, lift: float = 0.06) -> tuple[Stage, ...]:
+    """An object is reached from above and grasped. The tool rises, `lift` above the grip, while the fingers close: it never stands still."""
+    return (
+        Stage("reach", always, lambda s: s["to_grip"], reach_length, hover, gripper(1.0), lambda s: up(s["yaw_error"])),
+        Stage("grasp", lambda s: s["grasped"] | (s["to_grip"] < CENTRED),
+              lambda s: s["to_grip"] + (~s["grasped"]) * (s["opening"] - s["width"]).clamp(min=0) + (LIFT - moved(s)).clamp(min=0),
+              grasp_length, lambda s: s["grip"] + up(lift * (s["opening"] < s["width"] + 0.008)), gripper(-1.0)),
+    )  # fmt: skip
+
+
+def place_on(transport_length: float, place_length: float, clearance: float, near: float) -> tuple[Stage, ...]:
+    """A grasped object is carried over its goal, put down and let go."""
+    return (
+        Stage("transport", lifted, lambda s: s["to_goal"], transport_length, lambda s: carry(s, clearance), gripper(-1.0)),
+        Stage("place", lambda s: (s["beside_goal"] < near) & (s["above_goal"].abs() < near),
+              lambda s: s["to_goal"] + (s["width"] + 0.01 - s["opening"]).clamp(min=0), place_length,
+              lambda s: torch.where(s["grasped"][:, None], carry(s, clearance), s["tool"]), release),
+    )  # fmt: skip
+
+
+def observe_pick_cube(env) -> State:
+    return observe_arm(env, PANDA, env.cube.pose, env.goal_site.pose.p, env.agent.is_grasping(env.cube), 0.04, torch.pi / 2)
+
+
+def observe_stack_cube(env) -> State:
+    goal = env.cubeB.pose.p + torch.tensor([0, 0, 0.04], device=env.device)
+    s = observe_arm(env, PANDA, env.cubeA.pose, goal, env.agent.is_grasping(env.cubeA), 0.04, torch.pi / 2)
+    # Where the other cube is near, the fingers must not close from its side: the tool turns to the cube's other two sides before it goes down
+    crowded, other = s["beside_goal"] < 0.08, s["yaw_error"] - torch.pi / 2 * torch.where(s["yaw_error"] > 0, 1.0, -1.0)
+    side = wrap(heading(goal - s["object"]) - heading(axis(s["quaternion"], 1)) - s["yaw_error"], torch.pi)
+    s["yaw_error"] = torch.where(crowded & (side.abs() < torch.pi / 4), other, s["yaw_error"])
+    return {**s, "wait": 0.05 * (crowded & (s["yaw_error"].abs() > 0.35))}
+
+
+def observe_push(env) -> State:
+    """The tool first goes, fingers closed, to where it is behind the cube, on the side away from the goal."""
+    cube, goal = env.obj.pose, env.goal_region.pose.p
+    way = torch.nn.functional.normalize(flat(goal - cube.p), dim=-1)
+    s = observe_arm(env, PANDA, cube, goal, torch.zeros(len(goal), dtype=torch.bool, device=goal.device), 0.0, grip=cube.p - 0.045 * way)
+    back = s["object"] - s["tool"]
+    along = (back * way).sum(-1)
+    s["behind"] = (along > 0.01) & (along < 0.08) & (norm(flat(back) - along[:, None] * way) < 0.015) & (back[:, 2].abs() < 0.02)
+    return {**s, "way": way, "left": (s["beside_goal"] - env.goal_radius).clamp(min=0)}
+
+
+def push(name: str) -> tuple[Stage, ...]:
+    return (
+        Stage("reach", always, lambda s: s["to_grip"], 0.17, hover, gripper(-1.0)),
+        Stage(name, lambda s: s["behind"], lambda s: s["left"], 0.1, lambda s: s["object"] + (s["left"] + 0.02)[:, None] * s["way"], gripper(-1.0)),
+    )
+
+
+def observe_place_sphere(env) -> State:
+    goal = env.bin.pose.p + torch.tensor([0, 0, env.radius + env.block_half_size[0]], device=env.device)
+    s = observe_arm(env, PANDA, env.obj.pose, goal, env.agent.is_grasping(env.obj), 0.04)
+    return {**s, "yaw_error": 0 * s["yaw_error"]}  # a ball has none
+
+
+def observe_lift_peg(env) -> State:
+    """The peg is gripped 3 cm from one end; its other end, the foot, stays on the table and the peg is raised like a lever, a little ahead."""
+    half, long, centre = env.peg_half_length, axis(env.peg.pose.q, 0), env.peg.pose.p
+    foot, grip = centre - half * long, centre + (half - 0.03) * long
+    across, tilt = torch.nn.functional.normalize(flat(long), dim=-1), torch.acos(long[:, 2].abs().clamp(max=1.0))
+    goal = flat(foot) + torch.tensor([0, 0, half], device=env.device)
+    s = observe_arm(env, PANDA, env.peg.pose, goal, env.agent.is_grasping(env.peg), 2 * env.peg_half_width, grip=grip)
+    ahead = (torch.asin(long[:, 2].clamp(-1, 1)) + 0.35).clamp(max=torch.pi / 2)
+    return {**s, "tilt": tilt, "rise": flat(foot) + norm(grip - foot)[:, None] * (across * torch.cos(ahead)[:, None] + up(torch.sin(ahead)))}
+
+
+def observe_peg_insertion(env) -> State:
+    from mani_skill.utils.geometry import rotation_conversions as rotations
+
+    peg, hole, half = env.peg.pose, env.goal_pose, env.peg_half_sizes
+    grip = peg.p - (half[:, :1] / 2 + 0.01).clamp(min=0.05) * axis(peg.q, 0)
+    s = observe_arm(env, PANDA, peg, hole.p, env.agent.is_grasping(env.peg), 2 * half[:, 2], grip=grip)
+    turn = rotations.standardize_quaternion(rotations.quaternion_multiply(hole.q, rotations.quaternion_invert(peg.q)))
+    head, middle, into = (env.box_hole_pose.inv() * env.peg_head_pose).p, (hole.inv() * peg).p, axis(hole.q, 0)
+    aside, left = torch.maximum(norm(head[:, 1:]), norm(middle[:, 1:])), ((hole.p - peg.p) * into).sum(-1, keepdim=True)  # from the axis, along it
+    # twice the sideways error: the arm goes less than half of the way that it is told, and sags by some millimetres
+    onward = 2 * (hole.p - peg.p - left * into) + left.clamp(max=0.04) * (1 - aside / 0.005).clamp(min=0)[:, None] * into
+    return {**s, "wait": 0.06 * (s["yaw_error"].abs() > 0.1), "depth": (-head[:, 0]).clamp(min=0), "aside": aside, "onward": onward,
+            "outside": hole.p - (half[:, :1] + 0.02) * into, "peg_turn": rotations.quaternion_to_axis_angle(turn)}  # fmt: skip
+
+
+def observe_bridge(env) -> State:
+    """SimplerEnv's scenes: the source object is at its goal when its lower side is on the target's upper side."""
+    source, target = (env.objs[name] for name in (env.source_obj_name, env.target_obj_name))
+    size, under = (env.episode_model_bbox_sizes[name].float() for name in (env.source_obj_name, env.target_obj_name))
+    goal = target.pose.p + up(((size + under)[2] / 2).expand(len(target.pose.p)))
+    period = torch.pi / 2 if size[0] == size[1] else torch.pi
+    return observe_arm(env, WIDOWX, source.pose, goal, env.agent.is_grasping(source), size[1] + 0.021, period)  # each finger is 1 cm thick
+
+
+def around(x: float, z: float, fov: float, side: int = 1) -> Views:
+    """Two wide views of the table around (x, 0, z), from one side and from the front."""
+    return ((x, 1.25 * side, 0.6), (x, 0.0, z), fov), ((x + 1.1, 0.0, 0.55), (x, 0.0, z), 1.2 * fov)
+
+
+def bridge(instruction: str, paraphrases: tuple[str, ...], clearance: float, near: float, steps: int = 60, grid: int = 24) -> Task:
+    return Task(instruction, paraphrases, (*pick(0.165, 0.055, 0.03), *place_on(0.155, 0.04, clearance, near)), observe_bridge, steps,
+                arm=WIDOWX, grid=grid, movable=lambda env: list(env.objs.values()))  # fmt: skip
+
+
+NEAR_VIEWS = ((0.0, 0.62, 0.32), (0.0, 0.0, 0.165), 0.82), ((0.62, 0.0, 0.32), (0.0, 0.0, 0.165), 0.82)  # the object spans at least 8 pixels
+TASKS: dict[str, Task] = {
+    "PickCube-v1": Task(
+        "pick up the red cube and move it to the green ball",
+        ("move the red cube to the green ball", "grab the red block and bring it to the green sphere", "take the cube to the ball"),
+        (
+            *pick(0.17, 0.08),
+            Stage("transport", lifted, lambda s: s["to_goal"], 0.17, straight, gripper(-1.0)),
+            Stage("place", lambda s: s["grasped"] & (s["to_goal"] < 0.04), lambda s: s["to_goal"] + CONTROL_STEP * s["speed"], 0.05, straight, gripper(-1.0)),
+        ), observe_pick_cube, 50, NEAR_VIEWS, movable=lambda env: [env.cube, env.goal_site]),
+    "StackCube-v1": Task(
+        "stack the red cube on the green cube",
+        ("put the red block on top of the green block", "place the red cube onto the green one", "pile red on green"),
+        (*pick(0.2, 0.08), *place_on(0.17, 0.04, 0.03, 0.03)),
+        observe_stack_cube, 50, around(0.0, 0.06, 0.23), True, movable=lambda env: [env.cubeA, env.cubeB]),
+    "PushCube-v1": Task(
+        "push the blue cube to the target",
+        ("shove the blue block onto the target", "move the blue cube forward to the red circle", "push the cube to the goal"),
+        push("push"), observe_push, 50, around(0.13, 0.04, 0.22), True, movable=lambda env: [env.obj, env.goal_region]),
+    "PullCube-v1": Task(
+        "pull the blue cube to the target",
+        ("drag the blue block onto the target", "draw the blue cube back to the red circle", "pull the cube to the goal"),
+        push("pull"), observe_push, 50, around(-0.13, 0.04, 0.22), True, movable=lambda env: [env.obj, env.goal_region]),
+    "LiftPegUpright-v1": Task(
+        "lift the peg and stand it upright on the table", ("put the peg upright", "stand the peg up on its end", "raise the stick until it stands"),
+        (   # a loose grip lets the peg turn between the fingers: turning the hand itself takes too long (0.04 rad a step)
+            *pick(0.19, 0.07),
+            Stage("upright", lifted, lambda s: s["tilt"], 1.4, lambda s: s["rise"] + up(0 * s["tilt"] + 0.005), gripper(0.2)),
+            Stage("place", lambda s: s["tilt"] < 0.2, lambda s: s["to_goal"], 0.02, lambda s: s["rise"], gripper(0.2)),
+        ), observe_lift_peg, 50, around(0.0, 0.13, 0.32), True, movable=lambda env: [env.peg], report=("tilt",)),
+    "PlaceSphere-v1": Task(
+        "put the blue ball into the bin", ("place the blue sphere in the bin", "drop the ball into the box", "move the blue ball to the bin"),
+        (*pick(0.17, 0.08), *place_on(0.15, 0.03, 0.03, 0.02)),
+        observe_place_sphere, 50, NEAR_VIEWS, movable=lambda env: [env.obj, env.bin]),
+    "PegInsertionSide-v1": Task(
+        "insert the peg into the hole of the box",
+        ("put the peg in the hole", "push the orange end of the stick into the box", "plug the peg into the box"),
+        (
+            *pick(0.25, 0.08),
+            Stage("align", lifted, lambda s: s["aside"], 0.13, lambda s: s["tool"] + 1.5 * (s["outside"] - s["object"]), gripper(-1.0),
+                  lambda s: 2 * s["peg_turn"]),
+            Stage("insert", lambda s: s["grasped"] & (s["aside"] < 0.01) & (norm(s["peg_turn"]) < 0.15), lambda s: s["depth"] + s["aside"], 0.14,
+                  lambda s: s["tool"] + s["onward"], gripper(-1.0), lambda s: 2 * s["peg_turn"]),
+        ), observe_peg_insertion, 100, around(0.0, 0.08, 0.36, -1), True, movable=lambda env: [env.peg, env.box]),
+    "PutCarrotOnPlateInScene-v1": bridge(
+        "put carrot on plate", ("place the carrot on the plate", "move the carrot onto the dish", "carrot to plate"), 0.05, 0.04),
+    "PutSpoonOnTableClothInScene-v1": bridge(
+        "put the spoon on the towel", ("place the spoon onto the cloth", "lay the spoon on the blue towel", "spoon to towel"), 0.05, 0.04),
+    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": bridge(
+        "stack the green block on the yellow block",
+        ("put the green cube on top of the yellow cube", "place the green block onto the yellow one", "pile up the blocks"), 0.05, 0.03),
+    "PutEggplantInBasketScene-v1": bridge(
+        "put eggplant into yellow basket",
+        ("place the eggplant in the basket", "move the aubergine to the yellow basket", "eggplant to basket"), 0.1, 0.06, 120, 64),
+}  # fmt: skip
+ALIASES = {  # SimplerEnv's own names
+    "widowx_carrot_on_plate": "PutCarrotOnPlateInScene-v1", "widowx_spoon_on_towel": "PutSpoonOnTableClothInScene-v1",
+    "widowx_stack_cube": "StackGreenCubeOnYellowCubeBakedTexInScene-v1", "widowx_put_eggplant_in_basket": "PutEggplantInBasketScene-v1",
+}  # fmt: skip
+
+
+def env_ids(text: str) -> list[str]:
+    """The env ids in a comma-separated list, SimplerEnv's names as ManiSkill's. Raises UserError on one without an entry, with the nearest names."""
+    ids = [ALIASES.get(name.strip(), name.strip()) for name in text.split(",")]
+    for name in ids:
+        if name not in TASKS:
+            import mani_skill.envs  # noqa: F401
+            from mani_skill.utils.registration import REGISTERED_ENVS
+
+            near = ", ".join(difflib.get_close_matches(name, [*TASKS, *ALIASES], n=3, cutoff=0.3) or TASKS)
+            what = "ManiSkill knows it, TASKS in stare_utils.py does not yet" if name in REGISTERED_ENVS else f"the nearest known: {near}"
+            raise UserError(f"no task for --env-id {name!r}: {what}. docs/tasks.md adds one in 20 lines")
+    return ids
 
 
 def get_task(env_id: str) -> Task:
-    """The entry of an env id. Raises UserError with the nearest names."""
-    if env_id in TASKS:
-        return TASKS[env_id]
-    near = difflib.get_close_matches(env_id, TASKS, n=3, cutoff=0.3) or list(TASKS)
-    raise UserError(f"unknown --env-id {env_id!r}; the nearest known: {', '.join(near)}. New tasks are entries of TASKS in stare_utils.py")
+    """The entry of one env id or SimplerEnv name; UserError: see env_ids."""
+    return TASKS[env_ids(env_id)[0]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages: separator and calculator
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------- Stages: separator and calculator -------------------------------------------------
 def stage_potential(distance: Tensor, length: Tensor, form: str = "sigmoid") -> Tensor:
     """phi_k in [0, 1], 1 where nothing is left to do. distance, length: metres, any shape; form: "sigmoid" is the paper's
     sigmoid(1 - d / L_k), here divided by sigmoid(1) so that d = 0 gives 1; "linear" is max(0, 1 - d / L_k)."""
@@ -216,19 +429,14 @@ def shape_rewards(
     return rewards + weight * (gamma * torch.where(terminated, 0.0, next_potentials) - potentials)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
-def light_panda() -> str:
-    """Path of a Panda URDF whose visual meshes have 5 % of the triangles (134,924 -> 6,813), made once in the user's cache.
-
-    A software renderer spends three quarters of a frame on them. Collision meshes are untouched: the physics is the same.
-    """
-    import fast_simplification
+# ------------------------------------------------------------ Environments ------------------------------------------------------------
+def light_panda() -> Path:
+    """Folder of Panda URDFs whose visual meshes have 5 % of the triangles (134,924 -> 6,813), made once in the user's cache. A software
+    renderer spends three quarters of a frame on them. Collision meshes are untouched: the physics is the same."""
     import mani_skill
     import trimesh
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stare-vla" / f"panda-{mani_skill.__version__}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stare-vla" / f"panda-{mani_skill.__version__}-2"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=cache.parent)) / "panda"
@@ -238,20 +446,68 @@ def light_panda() -> str:
             for name, mesh in scene.geometry.items():
                 merged = mesh.copy()
                 merged.merge_vertices(merge_tex=True, merge_norm=True)  # the files hold loose triangles, which cannot collapse
-                points, faces = fast_simplification.simplify(merged.vertices.astype(np.float32), merged.faces, target_reduction=0.95)
-                scene.geometry[name] = trimesh.Trimesh(points, faces, process=False)
+                scene.geometry[name] = merged.simplify_quadric_decimation(percent=0.95)  # by fast_simplification
                 scene.geometry[name].visual = trimesh.visual.TextureVisuals(material=mesh.visual.material)
             scene.export(file)
+        wrist = folder / "panda_v3.urdf"  # the camera on its wrist has more triangles than all the rest
+        wrist.write_text(re.sub(r"<visual>(?:(?!</visual>).)*realsense2.*?</visual>", "", wrist.read_text(), flags=re.S))
         try:
             folder.rename(cache)
         except OSError:  # another process was faster
             pass
         shutil.rmtree(folder.parent)
-    return str(cache / "panda_v2.urdf")
+    return cache
+
+
+def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool) -> type:
+    """ManiSkill's env class with our cameras (stock_camera: its own) and, out of distribution, one thing that training never varies, drawn from
+    each episode's seed. ood: "position" moves the object and what belongs to it OOD_SHIFT away from the middle of where it is drawn, "camera" moves
+    each camera by OOD_CAMERA in a random direction, "lighting" replaces the lamps."""
+    from mani_skill.sensors.camera import CameraConfig
+    from mani_skill.utils.registration import REGISTERED_ENVS
+    from mani_skill.utils.sapien_utils import look_at
+    from mani_skill.utils.structs.pose import Pose
+
+    task, stock = TASKS[env_id], REGISTERED_ENVS[env_id].cls
+
+    def draw(env, *size):
+        return np.random.default_rng(int(env._episode_seed[0])).standard_normal(size)
+
+    def cameras(env):
+        configs, away = stock._default_sensor_configs.fget(env) if stock_camera else [], draw(env, max(1, len(task.views)), 3)
+        away *= OOD_CAMERA * (ood == "camera") / np.linalg.norm(away, axis=1, keepdims=True)
+        size = (IMAGE_SIZE, IMAGE_SIZE // 2) if task.wide else (IMAGE_SIZE // 2, IMAGE_SIZE)
+        return configs or [CameraConfig(f"view_{i}", look_at(eye + away[i], at), *size, fov, 0.01, 100) for i, (eye, at, fov) in enumerate(task.views)]
+
+    def initialize(env, env_idx, options):
+        grid = getattr(env, "xyz_configs", None)
+        if task.grid and "episode_id" not in options:
+            env.xyz_configs = grid + TRAIN_JITTER * flat(2 * torch.rand_like(grid) - 1)
+        stock._initialize_episode(env, env_idx, options)
+        env.xyz_configs = grid
+        if ood == "position":
+            actors, middle = task.movable(env), grid[:, 0].mean(0) if task.grid else torch.zeros(3, device=env.device)
+            away = OOD_SHIFT * torch.nn.functional.normalize(flat(actors[0].pose.p[env_idx] - middle), dim=-1)
+            for actor in actors:
+                actor.set_pose(Pose.create_from_pq(actor.pose.p[env_idx] + away, actor.pose.q[env_idx]))
+
+    def lamps(env, options):
+        random = draw(env, 9)
+        env.scene.set_ambient_light(np.abs(0.3 + 0.15 * random[:3]))
+        env.scene.add_directional_light([*random[3:5], -1], np.abs(1 + 0.7 * random[5:8]), shadow=False)
+
+    ours = {"_initialize_episode": initialize, "SUPPORTED_OBS_MODES": ("none", "rgb", "rgb+segmentation")}
+    if task.views:
+        ours["_default_sensor_configs"] = property(cameras)
+    if ood == "lighting":
+        ours["_load_lighting"] = lamps
+    if not render:
+        ours["rgb_overlay_mode"] = "none"  # SimplerEnv pastes a photograph behind the robot
+    return type(env_id, (stock,), ours)
 
 
 class StageEnv:
-    """A ManiSkill env with stage signals: batched tensors in and out, no automatic reset.
+    """A ManiSkill env with stage signals: batched tensors in and out, same-step auto-reset (see StageVectorEnv).
 
     Observations: `rgb` (N, H, W, 3) uint8, `proprio` (N, 8) float: tool position, tool quaternion (w, x, y, z), gripper opening.
     """
@@ -259,35 +515,36 @@ class StageEnv:
     def __init__(
         self, env_id: str, num_envs: int, backend: str, seed: int, terminate_on_success: bool = True, full_meshes: bool = False,
         max_episode_steps: int | None = None, reward: str = "sparse", potential: str = "sigmoid", potential_across_stages: str = "offset",
-        stock_camera: bool = False,
+        stock_camera: bool = False, ood: str = "none", render: bool = True, control_mode: str = "",
     ):  # fmt: skip
         """reward: "sparse" is 1 on a success step and else 0; "dense" is ManiSkill's normalized_dense. potential, potential_across_stages: see
-        stage_potential and stage_signals. max_episode_steps: None is the registered horizon. stock_camera: the env's own view."""
+        stage_potential and stage_signals. max_episode_steps: None is the registered horizon. stock_camera, ood: see scene_class. render=False: no
+        `rgb`, and no renderer is needed. control_mode: "" is the arm's."""
         import mani_skill.envs  # noqa: F401  registers the env ids
-        from mani_skill.agents.robots.panda import Panda
-        from mani_skill.sensors.camera import CameraConfig
-        from mani_skill.utils.registration import REGISTERED_ENVS, TimeLimitWrapper
-        from mani_skill.utils.sapien_utils import look_at
+        from mani_skill.agents.robots.panda import Panda, PandaWristCam
+        from mani_skill.agents.robots.widowx.widowx import WidowX250S
+        from mani_skill.utils.registration import TimeLimitWrapper
 
-        self.task, self.num_envs, self.terminate_on_success = get_task(env_id), num_envs, terminate_on_success
-        self.potential, self.across, self.backend = potential, potential_across_stages, backend
+        (env_id,) = env_ids(env_id)
+        self.task, self.num_envs, self.backend, self.dense, self.render = TASKS[env_id], num_envs, backend, reward == "dense", render
+        self.potential, self.across = potential, potential_across_stages
+        # ManiSkill settles SimplerEnv's scenes all at once: in a batch they begin and end together
+        self.terminate_on_success = terminate_on_success and not (self.task.grid and num_envs > 1)
+        mani_skill.logger.setLevel(logging.ERROR)  # it warns of ManiSkill's own assets
         if backend == "cpu" and not full_meshes:
-            Panda.urdf_path = light_panda()
-        views = self.task.views
-        cameras = [CameraConfig(f"view_{i}", look_at(*view[:2]), IMAGE_SIZE // len(views), IMAGE_SIZE, view[2], 0.01, 100) for i, view in enumerate(views)]
-        # ManiSkill has no argument that adds a camera: a subclass with ours
-        ours = {} if stock_camera else {"_default_sensor_configs": property(lambda env: cameras)}
-        env_class = type(env_id, (REGISTERED_ENVS[env_id].cls,), ours)
-        env = env_class(
-            num_envs=num_envs, obs_mode="rgb", control_mode=self.task.control_mode, reward_mode="normalized_dense" if reward == "dense" else "sparse",
-            sim_backend=f"physx_{backend}", render_backend="gpu" if torch.cuda.is_available() else "cpu",
+            Panda.urdf_path, PandaWristCam.urdf_path = (str(light_panda() / name) for name in ("panda_v2.urdf", "panda_v3.urdf"))
+        PandaWristCam._sensor_configs = []  # no policy here sees through it
+        WidowX250S.disable_self_collisions = True  # ManiSkill's asset has an .srdf for that; in SimplerEnv's own the fingers jam
+        env = scene_class(env_id, stock_camera, ood, render)(
+            num_envs=num_envs, obs_mode="none" if not render else "rgb+segmentation" if self.task.grid else "rgb",
+            control_mode=control_mode or self.task.arm.control_mode, reward_mode="normalized_dense" if self.dense else "none",
+            sim_backend=f"physx_{backend}", render_backend="none" if not render else "gpu" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
         self.env = TimeLimitWrapper(env, max_episode_steps or self.task.max_episode_steps)
         self.base = self.env.unwrapped
         self.next_seed = [seed + i for i in range(num_envs)]
-        self.furthest = torch.zeros(num_envs, dtype=torch.long, device=self.base.device)
+        self.furthest, self.seeds = (torch.zeros(num_envs, dtype=torch.long, device=self.base.device) for _ in range(2))
         self.object_start = torch.zeros(num_envs, 3, device=self.base.device)
-        self.seeds = torch.zeros(num_envs, dtype=torch.long, device=self.base.device)
 
     def reset(self, seed: list[int] | None = None, env_idx: Tensor | None = None) -> tuple[State, State]:
         """Starts episodes in all envs, or in `env_idx` alone. Without a seed the next one of each env's own sequence is used."""
@@ -295,86 +552,89 @@ class StageEnv:
         explicit = seed is not None
         seed = seed if explicit else [self.next_seed[i] for i in index.tolist()]
         # PhysX keeps contacts that no reset clears; rebuilding the scene makes an explicitly seeded episode a function of its seed alone
-        options = {"reconfigure": explicit and self.backend == "cpu"} if env_idx is None else {"env_idx": env_idx}
+        options = {"reconfigure": explicit and self.backend == "cpu"} if len(index) == self.num_envs else {"env_idx": index}
+        if self.task.grid and min(seed) >= EVAL_SEED:  # evaluation plays SimplerEnv's configurations in turn; training begins beside them
+            options["episode_id"] = torch.tensor(seed, device=self.base.device) - EVAL_SEED
         obs, _ = self.env.reset(seed=seed if len(seed) == self.num_envs else None, options=options)
         for i, s in zip(index.tolist(), seed, strict=True):
             self.next_seed[i] = int(np.random.default_rng(s).integers(TRAIN_SEEDS))
-        if self.base._hidden_objects:  # PickCube's goal: a policy that sees only images must see it
+        if self.render and self.base._hidden_objects:  # PickCube's goal: a policy that sees only images must see it
             for marker in self.base._hidden_objects:
                 marker.show_visual()
             self.base._hidden_objects.clear()
             obs = self.base.get_obs(self.base.get_info())
-        self.seeds[index] = torch.tensor(seed, device=self.base.device)
-        self.furthest[index] = 0
+        self.seeds[index], self.furthest[index] = torch.tensor(seed, device=self.base.device), 0
         self.state = self.task.observe(self.base)
         self.state["grasped"][index] = False  # contact forces are those of the last physics step, of the episode before
         self.object_start[index] = self.state["object"][index]
-        return self.observation(obs), self.infos(self.base.evaluate())
+        return self.observation(obs), self.infos(self.base.evaluate()["success"])
 
-    def step(self, action: Tensor) -> tuple[State, Tensor, Tensor, Tensor, State]:
+    def step(self, action: Tensor) -> tuple[State, Tensor, Tensor, Tensor, dict]:
         """One env step. action: (N, A). Returns observation, reward (N,), terminated (N,), truncated (N,), infos."""
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        terminated = torch.as_tensor(terminated) & self.terminate_on_success
-        self.state = self.task.observe(self.base)
-        infos = self.infos(info)
+        obs, reward, _, truncated, info = self.env.step(action)
+        self.state, success, truncated = self.task.observe(self.base), info["success"], torch.as_tensor(truncated)
+        infos = self.infos(success)
         # The state after a reset does not count: no action led to it, and a goal may be drawn where the object lies
         self.furthest = torch.maximum(self.furthest, infos["stage"])
         infos["furthest_stage"] = self.furthest.clone()
-        return self.observation(obs), reward, terminated, torch.as_tensor(truncated), infos
+        obs, reward, terminated = self.observation(obs), reward if self.dense else success.float(), success & self.terminate_on_success
+        done = terminated | truncated
+        if done.any():
+            final = {"final_obs": obs, "final_info": infos}
+            obs, infos = self.reset(env_idx=done.nonzero()[:, 0])
+            infos |= final
+        return obs, reward, terminated, truncated, {**infos, "_final_info": done}
 
     def observe_state(self, state: dict) -> State:
         """The observation, with `geometry`, of a recorded ManiSkill state, which replaces the present one (batch 1)."""
         self.base.set_state_dict(state)
-        return {**self.observation(self.base.get_obs()), "geometry": geometry(self.task.observe(self.base))}
+        self.state = self.task.observe(self.base)
+        return {**self.observation(self.base.get_obs()), "geometry": geometry(self.state)}
 
     def observation(self, obs: dict) -> State:
-        rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 2)
-        pose, opening = obs["extra"]["tcp_pose"], obs["agent"]["qpos"][:, -2:].sum(-1, keepdim=True)
-        return {"rgb": rgb, "proprio": torch.cat([pose, opening], -1).float()}
+        seen = {"proprio": torch.cat([self.state["tool"], self.state["quaternion"], self.state["opening"][:, None]], -1)}
+        if self.render:
+            rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 1 if self.task.wide else 2)
+            if rgb.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):  # SimplerEnv's 640 x 480, squeezed into a square as for OpenVLA
+                rgb = torch.nn.functional.interpolate(rgb.movedim(-1, 1), [IMAGE_SIZE] * 2, mode="bilinear", antialias=True).movedim(1, -1).contiguous()
+            seen["rgb"] = rgb
+        return seen
 
-    def infos(self, info: dict) -> State:
+    def infos(self, success: Tensor) -> State:
         self.state["object_start"] = self.object_start
-        signals = stage_signals(self.task, self.state, info["success"], self.potential, self.across)
-        return {**signals, "furthest_stage": self.furthest.clone(), "success": info["success"], "seed": self.seeds.clone(),
-                "elapsed_steps": self.base.elapsed_steps.long().clone(), "geometry": geometry(self.state)}  # fmt: skip
+        return {**stage_signals(self.task, self.state, success, self.potential, self.across), "furthest_stage": self.furthest.clone(), "success": success,
+                "seed": self.seeds.clone(), "elapsed_steps": self.base.elapsed_steps.long().clone(), "geometry": geometry(self.state),
+                **{name: self.state[name] for name in self.task.report}}  # fmt: skip
 
     def expert_action(self, slip: Tensor) -> Tensor:
         """The expert's action for the present state, (N, A). A function of the state alone, so it needs no reset. slip: (N,) long; it plays
         the stage that many after the present one, modulo K: 0 is right, all else a mistake to recover from."""
-        s, table = self.state, self.task.stage_table
+        s, table, arm = self.state, self.task.stage_table, self.task.arm
         stage = stage_signals(self.task, s, torch.zeros_like(s["grasped"]), self.potential, self.across)["stage"]
-        stage = (stage + slip.to(stage.device)) % len(table)
-        target = torch.stack([entry.target(s) for entry in table], 1)[torch.arange(self.num_envs), stage]  # (N, 3)
-        gripper = torch.tensor([entry.gripper for entry in table], device=stage.device)[stage]
-        turn = torch.where(gripper > 0, s["yaw_error"], 0.0)  # once the fingers close, the object turns with them
-        zero = torch.zeros_like(turn)
-        # ManiSkill scales rotations by the lower bound (-0.1 rad), hence the sign
-        rotation = torch.stack([zero, zero, -turn / EE_STEP], -1)
-        return torch.cat([(target - s["tool"]) / EE_STEP, rotation, gripper[:, None]], -1).clamp(-1, 1)
+        row = torch.arange(self.num_envs, device=stage.device), (stage + slip.to(stage.device)) % len(table)
+        target, turn, grip = (torch.stack([getattr(entry, name)(s) for entry in table], 1)[row] for name in ("target", "turn", "gripper"))
+        unit, limit = (torch.tensor(x, dtype=torch.float32, device=stage.device) for x in (arm.unit, arm.limit))
+        return torch.cat([torch.cat([target - s["command"], turn], -1) / unit, grip[:, None]], -1).clamp(-limit, limit)
 
 
 class ProcessEnv(gym.Env):
     """One StageEnv as a process of gymnasium's AsyncVectorEnv wants it: numpy, without the batch axis."""
 
-    def __init__(self, env_id: str, index: int, **kwargs):
+    def __init__(self, env_id: str, index: int, seed: int, **kwargs):
         torch.set_num_threads(1)
-        self.index = index
-        self.env = StageEnv(env_id, num_envs=1, backend="cpu", **kwargs)
+        self.index, self.env = index, StageEnv(env_id, 1, "cpu", seed, **kwargs)
         obs, _ = self.env.reset()
-        self.env.next_seed = [kwargs["seed"]]
-        self.observation_space = gym.spaces.Dict({
-            "rgb": gym.spaces.Box(0, 255, obs["rgb"].shape[1:], np.uint8),
-            "proprio": gym.spaces.Box(-np.inf, np.inf, obs["proprio"].shape[1:], np.float32),
-        })  # fmt: skip
+        self.env.next_seed = [seed]
+        low_high = {"rgb": (0, 255), "proprio": (-np.inf, np.inf)}
+        self.observation_space = gym.spaces.Dict({name: gym.spaces.Box(*low_high[name], x.shape[1:], x.numpy().dtype.type) for name, x in obs.items()})
         self.action_space = self.env.base.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        obs, info = self.env.reset(None if seed is None else [seed])
-        return self.first(obs), self.first(info)
+        return tuple(map(self.first, self.env.reset(None if seed is None else [seed])))
 
     def step(self, action: np.ndarray):
-        obs, reward, terminated, truncated, info = self.env.step(torch.as_tensor(action)[None])
-        return self.first(obs), float(reward), bool(terminated), bool(truncated), self.first(info)
+        obs, reward, terminated, truncated, infos = self.env.step(torch.as_tensor(action)[None])
+        return self.first(obs), float(reward), bool(terminated), bool(truncated), self.first(infos)
 
     def expert_action(self, slip: Tensor) -> np.ndarray:
         return self.env.expert_action(slip[self.index, None])[0].numpy()
@@ -385,9 +645,10 @@ class ProcessEnv(gym.Env):
     def close(self):
         self.env.env.close()
 
-    @staticmethod
-    def first(batch: State) -> dict[str, np.ndarray]:
-        return {name: value[0].numpy() for name, value in batch.items()}
+    @classmethod
+    def first(cls, batch: dict) -> dict:
+        rename = {"final_obs": "ended_obs"}  # gymnasium would leave that one unbatched
+        return {rename.get(name, name): cls.first(x) if isinstance(x, dict) else x[0].numpy() for name, x in batch.items() if name != "_final_info"}
 
 
 class StageVectorEnv:
@@ -396,7 +657,7 @@ class StageVectorEnv:
 
     `reset(seed=s)` gives env i the seed s + i, a list is taken as it is; each later episode of an env has a seed of its own below
     TRAIN_SEEDS, derived from the one before. Infos: `stage`, `furthest_stage`, `potential`, `stage_distance`, `success`, `seed`, `elapsed_steps`,
-    `geometry` (N, 6).
+    `geometry` (N, 6) and what the task reports.
     """
 
     def __init__(self, env_id: str, num_envs: int, backend: str, seed: int, kwargs: dict):
@@ -405,47 +666,25 @@ class StageVectorEnv:
         if backend == "cuda":
             self.envs = StageEnv(env_id, num_envs, backend, seed, **kwargs)
             self.single_action_space = self.envs.base.single_action_space
-        else:
-            # Processes are forked from a clean server that has imported what they need once. It must also import the running
-            # script's heavy modules, because each process imports the script again.
-            from multiprocessing import set_forkserver_preload
+            return
+        # Processes are forked from a clean server that has imported what they need once. It must also import the running
+        # script's heavy modules, because each process imports the script again.
+        from multiprocessing import set_forkserver_preload
 
-            set_forkserver_preload(["stare_utils", "mani_skill.envs", "tyro", "tqdm", "torch.utils.tensorboard", "vla", "peft", "imageio"])
-            self.envs = gym.vector.AsyncVectorEnv(
-                [lambda i=i: ProcessEnv(env_id, i, seed=seed + i, **kwargs) for i in range(num_envs)],
-                context="forkserver", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-            )  # fmt: skip
-            self.single_action_space = self.envs.single_action_space
+        set_forkserver_preload(["stare_utils", "mani_skill.envs", "tyro", "tqdm", "torch.utils.tensorboard", "vla", "peft", "imageio"])
+        self.envs = gym.vector.AsyncVectorEnv([lambda i=i: ProcessEnv(env_id, i, seed + i, **kwargs) for i in range(num_envs)], context="forkserver",
+                                              autoreset_mode=gym.vector.AutoresetMode.DISABLED)  # fmt: skip  StageEnv resets by itself
+        self.single_action_space = self.envs.single_action_space
 
     def reset(self, seed: int | list[int] | None = None) -> tuple[State, State]:
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
-        obs, info = self.envs.reset(seed=seeds)
-        return (obs, info) if self.backend == "cuda" else (self.tensors(obs), self.tensors(info))
+        obs, infos = self.envs.reset(seed=[seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed)
+        return self.tensors(obs), self.tensors(infos)
 
     def step(self, actions: Tensor) -> tuple[State, Tensor, Tensor, Tensor, dict]:
         """actions: (N, A) in the env's own units. Returns observation, reward (N,), terminated (N,), truncated (N,), infos."""
-        if self.backend == "cuda":
-            return self.step_cuda(actions)
-        obs, reward, terminated, truncated, info = self.envs.step(actions.cpu().numpy())
-        done = torch.from_numpy(terminated | truncated)
-        infos = self.tensors(info)
-        infos["_final_info"] = done
-        if done.any():
-            infos["final_info"] = self.tensors(info["final_info"])
-            infos["final_obs"] = {name: torch.zeros_like(value) for name, value in self.tensors(obs).items()}
-            for i in done.nonzero()[:, 0].tolist():
-                for name, value in info["final_obs"][i].items():
-                    infos["final_obs"][name][i] = torch.as_tensor(value)
-        return self.tensors(obs), torch.from_numpy(reward).float(), torch.from_numpy(terminated), torch.from_numpy(truncated), infos
-
-    def step_cuda(self, actions: Tensor) -> tuple[State, Tensor, Tensor, Tensor, dict]:
-        obs, reward, terminated, truncated, infos = self.envs.step(actions)
-        done = terminated | truncated
-        if done.any():
-            final_obs, final_info = {name: value.clone() for name, value in obs.items()}, infos
-            obs, infos = self.envs.reset(env_idx=done.nonzero()[:, 0])
-            infos = {**infos, "final_obs": final_obs, "final_info": final_info}
-        return obs, reward, terminated, truncated, {**infos, "_final_info": done}
+        obs, reward, terminated, truncated, infos = self.envs.step(actions if self.backend == "cuda" else actions.cpu().numpy())
+        reward, terminated, truncated = (torch.as_tensor(x) for x in (reward, terminated, truncated))
+        return self.tensors(obs), reward.float(), terminated, truncated, {**self.tensors(infos), "_final_info": terminated | truncated}
 
     def set_next_seeds(self, seeds: list[int]) -> None:
         """The seeds (N) of the episodes that begin when the present ones end."""
@@ -461,15 +700,24 @@ class StageVectorEnv:
     def close(self) -> None:
         self.envs.env.close() if self.backend == "cuda" else self.envs.close()
 
-    @staticmethod
-    def tensors(batch: dict) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(np.array(value)) for name, value in batch.items() if name[0] != "_" and not name.startswith("final_")}
+    @classmethod
+    def tensors(cls, batch: dict) -> dict:
+        """gymnasium reuses its arrays, so they are copied; keys that begin with _ are its masks."""
+        convert = lambda x: cls.tensors(x) if isinstance(x, dict) else x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))  # noqa: E731
+        return {name.replace("ended", "final"): convert(value) for name, value in batch.items() if name[0] != "_"}
 
 
-def prepare_renderer(full_meshes: bool = False) -> None:
-    """Chooses the software driver where there is no GPU, makes the light meshes once, and raises UserError when SAPIEN cannot render."""
+def check_world(env_id: str, full_meshes: bool = False) -> None:
+    """Chooses the software driver where there is no GPU, makes the light meshes once, and raises UserError when the task is unknown, its assets
+    are missing or SAPIEN cannot render."""
+    import mani_skill
     import sapien
 
+    data = mani_skill.ASSET_DIR
+    if get_task(env_id).grid and not ((data / "tasks/bridge_v2_real2sim_dataset").is_dir() and (data / "robots/widowx").is_dir()):
+        download = "python -m mani_skill.utils.download_asset"
+        raise UserError(f"{env_id} needs assets that are not in {data}: run `{download} bridge_v2_real2sim -y && {download} widowx250s -y`,"
+                        " or set MS_ASSET_DIR to the folder whose data/ holds them")  # fmt: skip
     if not torch.cuda.is_available():
         for driver in Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"):  # the software driver, where several are installed
             os.environ.setdefault("VK_ICD_FILENAMES", str(driver))
@@ -478,10 +726,8 @@ def prepare_renderer(full_meshes: bool = False) -> None:
     try:
         sapien.render.RenderSystem("cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
-        raise UserError(
-            f"no Vulkan renderer ({str(error).strip().splitlines()[-1]}). Run ./setup.sh, or: apt-get install mesa-vulkan-drivers libvulkan1"
-            " (Debian 12: from bookworm-backports)"
-        ) from None
+        raise UserError(f"no Vulkan renderer ({str(error).strip().splitlines()[-1]}). Run ./setup.sh, or: apt-get install mesa-vulkan-drivers"
+                        " libvulkan1 (Debian 12: from bookworm-backports)") from None  # fmt: skip
     if not full_meshes:
         light_panda()  # once here, not once in every process
 
@@ -492,21 +738,15 @@ def make_envs(
     """Vectorised envs of a task. backend: "cpu" (one process per env) or "cuda" (ManiSkill's GPU simulation); kwargs: of StageEnv.
 
     On the CPU an explicitly seeded episode is a function of its seed; GPU simulation draws a whole batch from its first seed.
-    Raises UserError on an unknown env id, num_envs < 1, or when there is no renderer.
+    Raises UserError on an unknown env id, num_envs < 1, missing assets, no renderer, or a dense reward where ManiSkill has none.
     """
-    get_task(env_id)
     if num_envs < 1:
         raise UserError(f"--num-envs must be at least 1, not {num_envs}")
-    prepare_renderer(full_meshes)
+    if get_task(env_id).grid and kwargs.get("reward") == "dense":
+        raise UserError(f"{env_id} has no dense reward in ManiSkill: use --reward stare or sparse")
+    if kwargs.get("render", True):
+        check_world(env_id, full_meshes)
     return StageVectorEnv(env_id, num_envs, backend, seed, {"terminate_on_success": terminate_on_success, "full_meshes": full_meshes, **kwargs})
-
-
-def make_single_env(env_id: str) -> StageEnv:
-    """One StageEnv in this process, for looking at recorded states."""
-    prepare_renderer()
-    env = StageEnv(env_id, 1, "cpu", 0)
-    env.reset()
-    return env
 
 
 class ScriptedExpert:

@@ -305,6 +305,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         patches = self.vision_backbone.pos_embed if self.config.vision_widths else self.vision_backbone.featurizer.pos_embed
         return patches.shape[1] + bool(self.config.proprio_dim)
 
+    def text_room(self, action_dims: int = 7) -> int:
+        """How many tokens an instruction may have: the context without `<s>`, the inserted positions and the action tokens."""
+        return self.config.text_config.max_position_embeddings - 1 - self.num_prefix() - action_dims
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The processor
