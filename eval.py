@@ -13,6 +13,7 @@ Letters: N envs, T steps, K stages, A action dimensions, B batch, D hidden width
 """
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 import vla
-from stare_utils import EVAL_SEED, UserError, make_envs, make_folder
+from stare_utils import EVAL_SEED, UserError, make_envs
 
 
 @dataclass
@@ -67,6 +68,18 @@ class Args:
     """name of the method in the result row; empty: the script that made the checkpoint"""
     compare: tuple[str, ...] = ()
     """results.json files: print one table with the paired difference of each to the one before on their common seeds, and stop"""
+
+
+def make_folder(path: str | Path) -> Path:
+    """Makes the folder where there is none. Raises UserError where nothing can be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: permission denied")
+    return folder
 
 
 def load_policy(checkpoint: str, device: torch.device):
@@ -276,6 +289,8 @@ def main(args: Args) -> None:
     for env_id in env_ids:
         stare_utils.check_world(env_id, args.full_meshes)
         task_stats(model, env_id)
+        if args.ood == "camera" and not stare_utils.get_task(env_id).views:
+            raise UserError(f"--ood camera: {env_id}'s camera cannot move, a photograph stands behind its scene; use position or lighting")
         texts[env_id] = (args.instruction,) if args.instruction else stare_utils.get_task(env_id).paraphrases if args.instruction_set == "paraphrase" else ()
         check_instructions(model, processor, texts[env_id])
     output = make_folder(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))

@@ -13,6 +13,7 @@ over neighbouring bins (--label-jitter), so that the loss has a floor: 2.8 nats 
 Letters: B batch, M frames, A action tokens, D hidden width.
 """
 import json
+import os
 import random
 import shutil
 import sys
@@ -37,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
-from stare_utils import TASKS, TRAIN_SEEDS, ScriptedExpert, UserError, make_envs, make_folder
+from stare_utils import TASKS, TRAIN_SEEDS, ScriptedExpert, UserError, make_envs
 
 
 @dataclass
@@ -118,6 +119,18 @@ def write_text(path: Path, text: str) -> None:
     """Writes beside the place and renames, so that no reader ever sees half a file."""
     path.with_name(path.name + ".tmp").write_text(text)
     path.with_name(path.name + ".tmp").replace(path)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Makes the folder where there is none. Raises UserError where nothing can be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: permission denied")
+    return folder
 
 
 def open_run(args, script: str) -> tuple[Path, SummaryWriter]:

@@ -13,6 +13,7 @@ To add a task edit TASKS in stare_utils.py, nothing here, and imitate it first (
 Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
 """
 import json
+import os
 import random
 import shutil
 import sys
@@ -35,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
-from stare_utils import UserError, make_envs, make_folder, shape_rewards
+from stare_utils import UserError, make_envs, shape_rewards
 
 
 @dataclass
@@ -133,6 +134,18 @@ def write_text(path: Path, text: str) -> None:
     """Writes beside the place and renames, so that no reader ever sees half a file."""
     path.with_name(path.name + ".tmp").write_text(text)
     path.with_name(path.name + ".tmp").replace(path)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Makes the folder where there is none. Raises UserError where nothing can be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: permission denied")
+    return folder
 
 
 def open_run(args, script: str) -> tuple[Path, SummaryWriter]:

@@ -13,6 +13,7 @@ Letters: R roll-outs, T steps, K stages, P pairs, S steps of all pairs in a batc
 """
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -36,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
-from stare_utils import TRAIN_SEEDS, UserError, make_envs, make_folder, segment_stages, stage_costs
+from stare_utils import TRAIN_SEEDS, UserError, make_envs, segment_stages, stage_costs
 
 
 @dataclass
@@ -108,6 +109,18 @@ def write_text(path: Path, text: str) -> None:
     """Writes beside the place and renames, so that no reader ever sees half a file."""
     path.with_name(path.name + ".tmp").write_text(text)
     path.with_name(path.name + ".tmp").replace(path)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Makes the folder where there is none. Raises UserError where nothing can be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: permission denied")
+    return folder
 
 
 def open_run(args, script: str) -> tuple[Path, SummaryWriter]:

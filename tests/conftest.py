@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# SimplerEnv's assets: in MS_ASSET_DIR, else beside the repository, else where ManiSkill puts them. mani_skill reads the variable when imported
+os.environ.setdefault("MS_ASSET_DIR", str(max([Path(__file__).resolve().parents[2] / "shared/simpler_assets", Path.home() / ".maniskill"], key=Path.is_dir)))
+
 import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
 import h5py
 import hypothesis
@@ -79,11 +82,20 @@ def frames(n: int, seed: int = 0) -> dict:
     return {"rgb": torch.randint(0, 256, (n, 128, 128, 3), generator=g, dtype=torch.uint8), "proprio": torch.randn(n, 8, generator=g)}
 
 
+def needs_assets(env_id: str, slow: bool = False):
+    """The env id as a parameter of a test that is skipped where SimplerEnv's assets are missing."""
+    import mani_skill
+
+    missing = stare_utils.get_task(env_id).grid and not (mani_skill.ASSET_DIR / "tasks/bridge_v2_real2sim_dataset").is_dir()
+    marks = [pytest.mark.skipif(missing, reason="SimplerEnv's assets are neither in MS_ASSET_DIR nor in ../shared/simpler_assets")]
+    return pytest.param(env_id, marks=[*marks, pytest.mark.slow] if slow else marks)
+
+
 def prompt(processor, obs: dict, text: list[str] | None = None):
     return processor(obs["rgb"], text or [TASK.instruction] * len(obs["rgb"]), obs["proprio"], STATS["proprio"])
 
 
-def write_demos(path: Path, env_id="PickCube-v1", control_mode=TASK.control_mode, actions=True, lengths=(6, 9)) -> Path:
+def write_demos(path: Path, env_id="PickCube-v1", control_mode=TASK.arm.control_mode, actions=True, lengths=(6, 9)) -> Path:
     """Invented demonstrations in ManiSkill's format: path (.h5) and the .json beside it."""
     rng, episodes = np.random.default_rng(0), []
     with h5py.File(path, "w") as file:

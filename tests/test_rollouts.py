@@ -139,8 +139,8 @@ def test_rollouts_begin_in_the_state_they_are_named_after_and_a_stopped_collecti
 
 
 def test_demonstrations_are_what_the_simulator_did_and_their_labels_are_clean(sft_run, envs):
-    episodes = json.loads((sft_run / "demos.json").read_text())["episodes"][:2]
-    with h5py.File(sft_run / "demos.h5") as file:
+    episodes = json.loads((sft_run / "demos_PickCube-v1.json").read_text())["episodes"][:2]
+    with h5py.File(sft_run / "demos_PickCube-v1.h5") as file:
         demos = [{name: file[f"traj_{i}"][name][:] for name in ("actions", "expert_actions", "obs/proprio", "success")} for i in range(2)]
         frames = [file[f"traj_{i}/obs/sensor_data/base_camera/rgb"][:] for i in range(2)]
     for demo, rgb, episode in zip(demos, frames, episodes):

@@ -26,7 +26,7 @@ def test_sft_makes_demonstrations_and_a_checkpoint_with_statistics(sft_run):
     assert written(sft_run)["method"] == "SFT"
     stats = json.loads((sft_run / "checkpoint/config.json").read_text())["norm_stats"]["PickCube-v1"]
     assert len(stats["action"]["q01"]) == len(stats["action"]["q99"]) == 7 and len(stats["proprio"]["mean"]) == 8
-    episodes = json.loads((sft_run / "demos.json").read_text())["episodes"]
+    episodes = json.loads((sft_run / "demos_PickCube-v1.json").read_text())["episodes"]
     assert len(episodes) == 3 and all(episode["success"] and episode["episode_seed"] < stare_utils.TRAIN_SEEDS for episode in episodes)
 
 

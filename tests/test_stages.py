@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stare_utils
-from stare_utils import Stage, Task, segment_stages, shape_rewards, stage_costs, stage_potential, stage_signals
+from stare_utils import Stage, Task, norm, segment_stages, shape_rewards, stage_costs, stage_potential, stage_signals
 
 K = 4
 FORMS, ACROSS = st.sampled_from(["sigmoid", "linear"]), st.sampled_from(["offset", "bare"])
@@ -15,8 +15,8 @@ FORMS, ACROSS = st.sampled_from(["sigmoid", "linear"]), st.sampled_from(["offset
 
 def made_up_task() -> Task:
     """K stages whose entry flags and distances are columns of the state."""
-    stages = [Stage(f"stage{k}", lambda s, k=k: s["entered"][:, k], lambda s, k=k: s["distance"][:, k], 0.1 * (k + 1), None, 0.0) for k in range(K)]
-    return Task("", tuple(stages), None, 50, None)
+    stages = [Stage(f"stage{k}", lambda s, k=k: s["entered"][:, k], lambda s, k=k: s["distance"][:, k], 0.1 * (k + 1), None, None) for k in range(K)]
+    return Task("", (), tuple(stages), None, 50)
 
 
 STATES = st.lists(st.tuples(st.lists(st.booleans(), min_size=K, max_size=K), st.lists(st.floats(0, 2), min_size=K, max_size=K), st.booleans()),
@@ -77,8 +77,9 @@ def test_the_bare_potential_falls_at_a_switch_and_the_offset_one_does_not():
 
 def pick_cube_state(**changes):
     state = {"tool": [0.0, 0.0, 0.2], "object": [0.0, 0.0, 0.02], "object_start": [0.0, 0.0, 0.02], "goal": [0.0, 0.1, 0.2], "grasped": False,
-             "yaw_error": 0.0, "opening": 0.08, "speed": 0.0}  # fmt: skip
-    return {name: torch.tensor([value]) for name, value in {**state, **changes}.items()}
+             "yaw_error": 0.0, "opening": 0.08, "width": 0.04, "speed": 0.0}  # fmt: skip
+    state = {name: torch.tensor([value]) for name, value in {**state, **changes}.items()}
+    return {**state, "to_grip": norm(state["tool"] - state["object"]), "to_goal": norm(state["object"] - state["goal"])}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def pick_cube_state(**changes):
     ],
 )
 def test_stages_of_pick_cube(changes, stage):
-    assert stage_signals(stare_utils.PICK_CUBE, pick_cube_state(**changes), torch.tensor([False]), "sigmoid", "offset")["stage"] == stage
+    assert stage_signals(stare_utils.TASKS["PickCube-v1"], pick_cube_state(**changes), torch.tensor([False]), "sigmoid", "offset")["stage"] == stage
 
 
 def test_tasks_have_what_outside_checks_read():
@@ -104,6 +105,8 @@ def test_tasks_have_what_outside_checks_read():
         assert isinstance(task.instruction, str) and isinstance(task.max_episode_steps, int)
         assert len(task.stages) >= 2 and all(isinstance(name, str) for name in task.stages)
         assert all(stage.length > 0 for stage in task.stage_table)
+        assert len({task.instruction, *task.paraphrases}) == 1 + len(task.paraphrases) >= 3  # held-out words are other words
+    assert len({task.instruction for task in stare_utils.TASKS.values()}) == len(stare_utils.TASKS) == 11  # told apart by language
 
 
 LABELS = st.lists(st.integers(0, K), min_size=1, max_size=12)
