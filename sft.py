@@ -314,7 +314,8 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, t
                 env = env or stare_utils.StageEnv(env_id, 1, "cpu", 0)
                 env.reset()  # objects' sizes and hidden goals belong to the episode
                 states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[: len(group["actions"])]
-                rgb, proprio, where = (np.concatenate(x) for x in zip(*(env.observe_state(state).values() for state in states), strict=True))
+                seen = [env.observe_state(state) for state in states]
+                rgb, proprio, where = (np.concatenate([obs[name] for obs in seen]) for name in ("rgb", "proprio", "geometry"))
             else:
                 raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
             frames.append((rgb, proprio, group.get("expert_actions", group["actions"])[:], where))

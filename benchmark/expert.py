@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import tyro
 
 from stare_utils import EVAL_SEED, TASKS, ScriptedExpert, UserError, env_ids, make_envs
+
+ROOT = Path(__file__).parent.parent
 
 
 def measure(env_id: str, num_episodes: int, num_envs: int, seed: int, ood: str) -> dict:

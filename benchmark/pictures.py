@@ -5,15 +5,14 @@
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 from PIL import Image
 
 from stare_utils import EVAL_SEED, TASKS, StageEnv, check_world, segment_stages
 
-RIGHT = torch.zeros(1, dtype=torch.long)
+ROOT, RIGHT = Path(__file__).parent.parent, torch.zeros(1, dtype=torch.long)
 
 
 def episode(env, seed: int) -> tuple[list[np.ndarray], torch.Tensor]:

@@ -1,15 +1,16 @@
 """Every mistake that a user can make ends in one line and exit code 2, and leaves nothing behind."""
+import dataclasses
 import json
 import shutil
 
 import pytest
-from conftest import call, cli, write_demos
+from conftest import call, cli, needs_assets, write_demos
 
 import eval as evaluation
 import sft
 import sta_ppo
 import sta_tpo
-from stare_utils import UserError
+from stare_utils import TASKS, UserError, make_envs
 
 SCRIPTS = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo, "eval": evaluation}
 TRAINING = ("sft", "sta_tpo", "sta_ppo")
@@ -45,6 +46,49 @@ def copy(checkpoint, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_unknown_env_id_names_the_nearest(script, checkpoint, refuses):
     refuses(script, "PickCube-v1", *start(script, checkpoint), "--env-id", "PickCub-v1")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_env_id_of_maniskill_without_an_entry_here(script, checkpoint, refuses):
+    refuses(script, "docs/tasks.md adds one", *start(script, checkpoint), "--env-id", "PlugCharger-v1")
+
+
+@pytest.mark.parametrize("script", ["sta_tpo", "sta_ppo"])
+def test_several_tasks_where_one_is_taken(script, checkpoint, refuses):
+    refuses(script, "one task here", *start(script, checkpoint), "--env-id", "PickCube-v1,PushCube-v1")
+
+
+def test_as_many_demonstration_files_as_tasks(tmp_path, refuses):
+    refuses("sft", "1 files for 2 tasks", "--env-id", "PickCube-v1,PushCube-v1", "--demo-path", write_demos(tmp_path / "demos.h5"))
+
+
+def test_instruction_longer_than_the_context(checkpoint, refuses, monkeypatch, tmp_path):
+    refuses("eval", "the model has room for", "--checkpoint", checkpoint, "--instruction", "again and " * 200)
+    wordy = dataclasses.replace(TASKS["PickCube-v1"], instruction="again and " * 200)
+    monkeypatch.setitem(TASKS, "PickCube-v1", wordy)
+    refuses("sft", "the model has room for", "--vla", checkpoint, "--demo-path", write_demos(tmp_path / "demos.h5"))
+
+
+def bridge_checkpoint(copy):
+    """A checkpoint that says it knows SimplerEnv's carrot."""
+    config = json.loads((copy / "config.json").read_text())
+    config["norm_stats"] = {"PutCarrotOnPlateInScene-v1": config["norm_stats"]["PickCube-v1"]}
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize("env_id", [needs_assets("PutCarrotOnPlateInScene-v1")])
+def test_what_simplers_tasks_do_not_have(env_id, copy, refuses):
+    refuses("eval", "camera cannot move", "--checkpoint", bridge_checkpoint(copy), "--ood", "camera")
+    with pytest.raises(UserError, match="no dense reward"):
+        make_envs(env_id, 1, 0, reward="dense")
+
+
+def test_missing_assets_name_the_download(tmp_path):
+    done = cli("sft.py", "--env-id", "widowx_stack_cube", "--output-dir", "out", cwd=tmp_path, MS_ASSET_DIR=str(tmp_path))
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    (line,) = done.stderr.splitlines()
+    assert "mani_skill.utils.download_asset bridge_v2_real2sim" in line and "MS_ASSET_DIR" in line
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
