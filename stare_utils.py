@@ -6,6 +6,7 @@ tensors, so the same code serves ManiSkill's GPU simulation (one batched env) an
 
 A task is one entry of `TASKS`: to add one, write a function that reads its state and one `Stage` per stage (docs/tasks.md); nothing else changes.
 """
+import contextlib
 import difflib
 import logging
 import os
@@ -20,11 +21,21 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import gymnasium as gym
+import mani_skill.envs  # registers the env ids
 import numpy as np
+import sapien
 import torch
+from mani_skill.agents.robots.panda import Panda, PandaWristCam
+from mani_skill.agents.robots.widowx.widowx import WidowX250S
+from mani_skill.sensors.camera import CameraConfig
+from mani_skill.utils.geometry import rotation_conversions as rotations
+from mani_skill.utils.registration import REGISTERED_ENVS, TimeLimitWrapper
+from mani_skill.utils.sapien_utils import look_at
+from mani_skill.utils.structs.pose import Pose
 
 Tensor = torch.Tensor
 State = dict[str, Tensor]
+Views = tuple[tuple[tuple[float, float, float], tuple[float, float, float], float], ...]
 
 TRAIN_SEEDS = 2**30  # episodes of training draw their seeds below this number ...
 EVAL_SEED = 2**30  # ... and evaluation starts here: the two never meet
@@ -46,7 +57,6 @@ class Arm:
     unit: tuple[float, ...]  # (6,) how far, in world axes, an action of 1 moves (m) and turns (rad) the tool
     limit: tuple[float, ...]  # (A,) the largest action that the expert takes: what tokens and demonstrations span
 
-
 # ManiSkill scales the Panda's rotations by their lower bound, -0.1 rad. The WidowX is driven in its base's frame, turned by 180 degrees
 PANDA = Arm("panda_hand_tcp", "pd_ee_delta_pose", (0.1, 0.1, 0.1, -0.1, -0.1, -0.1), (1.0,) * 7)
 WIDOWX = Arm("ee_gripper_link", "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos", (-1, -1, 1, -1, -1, 1), (0.05,) * 3 + (0.3,) * 3 + (1.0,))
@@ -55,15 +65,12 @@ WIDOWX = Arm("ee_gripper_link", "arm_pd_ee_target_delta_pose_align2_gripper_pd_j
 @dataclass(frozen=True)
 class Stage:
     name: str
-    entry: Callable[[State], Tensor]  # (N,) bool: this stage has begun, which is the end condition of the stage before (stage 0: always true)
+    entry: Callable[[State], Tensor] | None  # (N,) bool: this stage has begun: the end condition of the stage before (None for stage 0)
     distance: Callable[[State], Tensor]  # (N,) m (rad for orientation) >= 0: what is left to do in this stage
     length: float  # L_k: median of `distance` at entry on expert episodes (benchmark/expert.py measures it)
     target: Callable[[State], Tensor]  # (N, 3): where the expert drives the tool during this stage
     gripper: Callable[[State], Tensor]  # (N,): what the expert commands the gripper, 1 opens, -1 closes
     turn: Callable[[State], Tensor] = lambda s: torch.zeros_like(s["tool"])  # (N, 3) rotation vector by which the expert turns the tool
-
-
-Views = tuple[tuple[tuple[float, float, float], tuple[float, float, float], float], ...]
 
 
 @dataclass(frozen=True)
@@ -85,21 +92,17 @@ class Task:
     def stages(self) -> tuple[str, ...]:
         return tuple(stage.name for stage in self.stage_table)
 
-
 def norm(x: Tensor) -> Tensor:
     """Euclidean length of the last axis, (N, 3) -> (N,)."""
     return torch.linalg.vector_norm(x, dim=-1)
-
 
 def up(height: Tensor) -> Tensor:
     """(N,) heights -> (N, 3) vertical offsets; as a rotation vector: a turn about the vertical."""
     return torch.stack([torch.zeros_like(height), torch.zeros_like(height), height], -1)
 
-
 def flat(x: Tensor) -> Tensor:
     """The horizontal part of (N, 3)."""
     return x * torch.tensor([1.0, 1.0, 0.0], device=x.device)
-
 
 def axis(q: Tensor, i: int) -> Tensor:
     """Where a body's own x (i = 0) or y (1) axis points, (N, 4) quaternions (w, x, y, z) -> (N, 3)."""
@@ -107,16 +110,13 @@ def axis(q: Tensor, i: int) -> Tensor:
     ways = (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)), (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x))
     return torch.stack(ways[i], -1)
 
-
 def heading(x: Tensor) -> Tensor:
     """Direction of (N, 3) on the table, (N,) radians."""
     return torch.atan2(x[:, 1], x[:, 0])
 
-
 def wrap(angle: Tensor, period: float) -> Tensor:
     """The equal turn that is nearest to zero."""
     return torch.remainder(angle + period / 2, period) - period / 2
-
 
 def observe_arm(env, arm: Arm, pose, goal: Tensor, grasped: Tensor, width: float | Tensor, period: float = torch.pi, grip: Tensor | None = None) -> State:
     """What every task reads. pose: the object's, its long axis first; goal (N, 3); grasped (N,) bool; width: finger opening at which it is held;
@@ -132,64 +132,49 @@ def observe_arm(env, arm: Arm, pose, goal: Tensor, grasped: Tensor, width: float
         "yaw_error": wrap(heading(axis(pose.q, 0)) + torch.pi / 2 - heading(axis(command.q, 1)), period),
     }  # fmt: skip
 
-
 def geometry(s: State) -> Tensor:
     """(N, 6) metres: from the tool to the object, from the tool to the goal. No policy sees it; sft.py's auxiliary loss does."""
     return torch.cat([s["object"] - s["tool"], s["goal"] - s["tool"]], -1)
-
 
 HOVER = 0.08  # m: how far above the object the expert comes in
 CENTRED = 0.01  # m: this near to the grip the fingers close; from further off they may hold a corner, which slips out
 LIFT = 0.03  # m: lifted or carried this far, a grasped object is being transported
 
-
-def always(s: State) -> Tensor:
-    return torch.ones_like(s["grasped"])
-
-
 def gripper(command: float) -> Callable[[State], Tensor]:
     return lambda s: torch.full_like(s["opening"], command)
-
 
 def moved(s: State) -> Tensor:
     """(N,) metres: how far the object is from where the episode began."""
     return norm(s["object"] - s["object_start"])
 
-
 def lifted(s: State) -> Tensor:
     return s["grasped"] & (moved(s) > LIFT)
-
 
 def hover(s: State) -> Tensor:
     """(N, 3) above the grip: a funnel. It waits for the yaw only where a task says so (`wait`): where the expert stands still, an argmax policy
     stands still for ever, and the fingers open wider than most objects' diagonal."""
     return s["grip"] + up((4 * (norm(flat(s["grip"] - s["tool"])) - 0.01)).clamp(0, HOVER).maximum(s["wait"]))
 
-
 def straight(s: State) -> Tensor:
     return s["tool"] + s["goal"] - s["object"]
-
 
 def carry(s: State, clearance: float) -> Tensor:
     """Where the tool should be, (N, 3), to bring the object over the goal: up first, across `clearance` above it, then down."""
     climb = (4 * (s["beside_goal"] - 0.01)).clamp(0, clearance) - s["above_goal"]
     return s["tool"] + flat(s["goal"] - s["object"]) * (climb < 0.02)[:, None] + up(climb)
 
-
 def release(s: State) -> Tensor:
     """Opens the fingers where the object lies at the goal, and where they have begun to."""
     return torch.where((s["beside_goal"] < 0.012) & (s["above_goal"].abs() < 0.005) | ~s["grasped"], 1.0, -1.0)
 
-
 def pick(reach_length: float, grasp_length: float, lift: float = 0.06) -> tuple[Stage, ...]:
     """An object is reached from above and grasped. The tool rises, `lift` above the grip, while the fingers close: it never stands still."""
     return (
-        Stage("reach", always, lambda s: s["to_grip"], reach_length, hover, gripper(1.0), lambda s: up(s["yaw_error"])),
+        Stage("reach", None, lambda s: s["to_grip"], reach_length, hover, gripper(1.0), lambda s: up(s["yaw_error"])),
         Stage("grasp", lambda s: s["grasped"] | (s["to_grip"] < CENTRED),
               lambda s: s["to_grip"] + (~s["grasped"]) * (s["opening"] - s["width"]).clamp(min=0) + (LIFT - moved(s)).clamp(min=0),
               grasp_length, lambda s: s["grip"] + up(lift * (s["opening"] < s["width"] + 0.008)), gripper(-1.0)),
     )  # fmt: skip
-
 
 def place_on(transport_length: float, place_length: float, clearance: float, near: float) -> tuple[Stage, ...]:
     """A grasped object is carried over its goal, put down and let go."""
@@ -200,10 +185,8 @@ def place_on(transport_length: float, place_length: float, clearance: float, nea
               lambda s: torch.where(s["grasped"][:, None], carry(s, clearance), s["tool"]), release),
     )  # fmt: skip
 
-
 def observe_pick_cube(env) -> State:
     return observe_arm(env, PANDA, env.cube.pose, env.goal_site.pose.p, env.agent.is_grasping(env.cube), 0.04, torch.pi / 2)
-
 
 def observe_stack_cube(env) -> State:
     goal = env.cubeB.pose.p + torch.tensor([0, 0, 0.04], device=env.device)
@@ -213,7 +196,6 @@ def observe_stack_cube(env) -> State:
     side = wrap(heading(goal - s["object"]) - heading(axis(s["quaternion"], 1)) - s["yaw_error"], torch.pi)
     s["yaw_error"] = torch.where(crowded & (side.abs() < torch.pi / 4), other, s["yaw_error"])
     return {**s, "wait": 0.05 * (crowded & (s["yaw_error"].abs() > 0.35))}
-
 
 def observe_push(env) -> State:
     """The tool first goes, fingers closed, to where it is behind the cube, on the side away from the goal."""
@@ -225,19 +207,16 @@ def observe_push(env) -> State:
     s["behind"] = (along > 0.01) & (along < 0.08) & (norm(flat(back) - along[:, None] * way) < 0.03) & (back[:, 2].abs() < 0.02)
     return {**s, "way": way, "left": (s["beside_goal"] - env.goal_radius).clamp(min=0)}
 
-
 def push(name: str) -> tuple[Stage, ...]:
     return (
-        Stage("reach", always, lambda s: s["to_grip"], 0.17, hover, gripper(-1.0)),
+        Stage("reach", None, lambda s: s["to_grip"], 0.17, hover, gripper(-1.0)),
         Stage(name, lambda s: s["behind"], lambda s: s["left"], 0.1, lambda s: s["object"] + (s["left"] + 0.02)[:, None] * s["way"], gripper(-1.0)),
     )
-
 
 def observe_place_sphere(env) -> State:
     goal = env.bin.pose.p + torch.tensor([0, 0, env.radius + env.block_half_size[0]], device=env.device)
     s = observe_arm(env, PANDA, env.obj.pose, goal, env.agent.is_grasping(env.obj), 0.04)
     return {**s, "yaw_error": 0 * s["yaw_error"]}  # a ball has none
-
 
 def observe_lift_peg(env) -> State:
     """The peg is gripped 3 cm from one end; its other end, the foot, stays on the table and the peg is raised like a lever, a little ahead."""
@@ -249,10 +228,7 @@ def observe_lift_peg(env) -> State:
     ahead = (torch.asin(long[:, 2].clamp(-1, 1)) + 0.35).clamp(max=torch.pi / 2)
     return {**s, "tilt": tilt, "rise": flat(foot) + norm(grip - foot)[:, None] * (across * torch.cos(ahead)[:, None] + up(torch.sin(ahead)))}
 
-
 def observe_peg_insertion(env) -> State:
-    from mani_skill.utils.geometry import rotation_conversions as rotations
-
     peg, hole, half = env.peg.pose, env.goal_pose, env.peg_half_sizes
     grip = peg.p - (half[:, :1] / 2 + 0.01).clamp(min=0.05) * axis(peg.q, 0)
     s = observe_arm(env, PANDA, peg, hole.p, env.agent.is_grasping(env.peg), 2 * half[:, 2], grip=grip)
@@ -264,7 +240,6 @@ def observe_peg_insertion(env) -> State:
     return {**s, "wait": 0.06 * (s["yaw_error"].abs() > 0.1), "depth": (-head[:, 0]).clamp(min=0), "aside": aside, "onward": onward,
             "outside": hole.p - (half[:, :1] + 0.02) * into, "peg_turn": rotations.quaternion_to_axis_angle(turn)}  # fmt: skip
 
-
 def observe_bridge(env) -> State:
     """SimplerEnv's scenes: the source object is at its goal when its lower side is on the target's upper side."""
     source, target = (env.objs[name] for name in (env.source_obj_name, env.target_obj_name))
@@ -273,16 +248,13 @@ def observe_bridge(env) -> State:
     period = torch.pi / 2 if size[0] == size[1] else torch.pi
     return observe_arm(env, WIDOWX, source.pose, goal, env.agent.is_grasping(source), size[1] + 0.021, period)  # each finger is 1 cm thick
 
-
 def around(x: float, z: float, fov: float, side: int = 1) -> Views:
     """Two wide views of the table around (x, 0, z), from one side and from the front."""
     return ((x, 1.25 * side, 0.6), (x, 0.0, z), fov), ((x + 1.1, 0.0, 0.55), (x, 0.0, z), 1.2 * fov)
 
-
 def bridge(instruction: str, paraphrases: tuple[str, ...], clearance: float, near: float, place_length: float, steps: int = 60, grid: int = 24) -> Task:
     return Task(instruction, paraphrases, (*pick(0.165, 0.055, 0.03), *place_on(0.155, place_length, clearance, near)), observe_bridge, steps,
                 arm=WIDOWX, grid=grid, movable=lambda env: list(env.objs.values()))  # fmt: skip
-
 
 NEAR_VIEWS = ((0.0, 0.62, 0.32), (0.0, 0.0, 0.165), 0.82), ((0.62, 0.0, 0.32), (0.0, 0.0, 0.165), 0.82)  # the object spans at least 8 pixels
 TASKS: dict[str, Task] = {
@@ -295,8 +267,7 @@ TASKS: dict[str, Task] = {
             Stage("place", lambda s: s["grasped"] & (s["to_goal"] < 0.04), lambda s: s["to_goal"] + CONTROL_STEP * s["speed"], 0.05, straight, gripper(-1.0)),
         ), observe_pick_cube, 50, NEAR_VIEWS, movable=lambda env: [env.cube, env.goal_site]),
     "StackCube-v1": Task(
-        "stack the red cube on the green cube",
-        ("put the red block on top of the green block", "place the red cube onto the green one", "pile red on green"),
+        "stack the red cube on the green cube", ("put the red block on top of the green block", "place the red cube onto the green one", "pile red on green"),
         (*pick(0.2, 0.08), *place_on(0.17, 0.04, 0.03, 0.03)),
         observe_stack_cube, 50, around(0.0, 0.06, 0.23), True, movable=lambda env: [env.cubeA, env.cubeB]),
     "PushCube-v1": Task(
@@ -304,8 +275,7 @@ TASKS: dict[str, Task] = {
         ("shove the blue block onto the target", "move the blue cube forward to the red circle", "push the cube to the goal"),
         push("push"), observe_push, 50, around(0.13, 0.04, 0.22), True, movable=lambda env: [env.obj, env.goal_region]),
     "PullCube-v1": Task(
-        "pull the blue cube to the target",
-        ("drag the blue block onto the target", "draw the blue cube back to the red circle", "pull the cube to the goal"),
+        "pull the blue cube to the target", ("drag the blue block onto the target", "draw the blue cube back to the red circle", "pull the cube to the goal"),
         push("pull"), observe_push, 50, around(-0.13, 0.04, 0.22), True, movable=lambda env: [env.obj, env.goal_region]),
     "LiftPegUpright-v1": Task(
         "lift the peg and stand it upright on the table", ("put the peg upright", "stand the peg up on its end", "raise the stick until it stands"),
@@ -319,8 +289,7 @@ TASKS: dict[str, Task] = {
         (*pick(0.17, 0.08), *place_on(0.15, 0.03, 0.03, 0.02)),
         observe_place_sphere, 50, NEAR_VIEWS, movable=lambda env: [env.obj, env.bin]),
     "PegInsertionSide-v1": Task(
-        "insert the peg into the hole of the box",
-        ("put the peg in the hole", "push the orange end of the stick into the box", "plug the peg into the box"),
+        "insert the peg into the hole of the box", ("put the peg in the hole", "push the orange end of the stick into the box", "plug the peg into the box"),
         (
             *pick(0.25, 0.08),
             Stage("align", lifted, lambda s: s["aside"], 0.13, lambda s: s["tool"] + 1.5 * (s["outside"] - s["object"]), gripper(-1.0),
@@ -344,20 +313,15 @@ ALIASES = {  # SimplerEnv's own names
     "widowx_stack_cube": "StackGreenCubeOnYellowCubeBakedTexInScene-v1", "widowx_put_eggplant_in_basket": "PutEggplantInBasketScene-v1",
 }  # fmt: skip
 
-
 def env_ids(text: str) -> list[str]:
     """The env ids in a comma-separated list, SimplerEnv's names as ManiSkill's. Raises UserError on one without an entry, with the nearest names."""
     ids = [ALIASES.get(name.strip(), name.strip()) for name in text.split(",")]
     for name in ids:
         if name not in TASKS:
-            import mani_skill.envs  # noqa: F401
-            from mani_skill.utils.registration import REGISTERED_ENVS
-
             near = ", ".join(difflib.get_close_matches(name, [*TASKS, *ALIASES], n=3, cutoff=0.3) or TASKS)
             what = "ManiSkill knows it, TASKS in stare_utils.py does not yet" if name in REGISTERED_ENVS else f"the nearest known: {near}"
             raise UserError(f"no task for --env-id {name!r}: {what}. docs/tasks.md adds one in 20 lines")
     return ids
-
 
 def get_task(env_id: str) -> Task:
     """The entry of one env id or SimplerEnv name; UserError: see env_ids."""
@@ -372,47 +336,34 @@ def stage_potential(distance: Tensor, length: Tensor, form: str = "sigmoid") -> 
         return (1 - distance / length).clamp(min=0)
     return torch.sigmoid(1 - distance / length) / torch.sigmoid(torch.tensor(1.0))
 
-
 def stage_signals(task: Task, state: State, success: Tensor, potential: str, across: str) -> dict[str, Tensor]:
     """What the state says about the stages: `stage` (N,) long in 0..K, `stage_distance` (N,) metres (0 at success),
     `potential` (N,) = Phi(s). `stage` is the largest k whose entry condition holds; lower ones need not.
-
-    across="offset": Phi = k + phi_k, K at success, so that Phi never falls at a stage switch. across="bare": the paper's phi_k alone.
-    """
+    across="offset": Phi = k + phi_k, K at success, so that Phi never falls at a stage switch. across="bare": the paper's phi_k alone."""
     K = len(task.stage_table)
-    entered = torch.stack([stage.entry(state) for stage in task.stage_table], -1)  # (N, K)
-    stage = (entered * torch.arange(1, K + 1, device=entered.device)).amax(-1) - 1  # (N,)
-    distances = torch.stack([stage.distance(state) for stage in task.stage_table], -1)  # (N, K)
-    distance = distances.gather(-1, stage[:, None])[:, 0]
+    entered = torch.stack([stage.entry(state) for stage in task.stage_table[1:]], -1)  # (N, K - 1)
+    stage = (entered * torch.arange(1, K, device=entered.device)).amax(-1)  # (N,)
+    distance = torch.stack([stage.distance(state) for stage in task.stage_table], -1).gather(-1, stage[:, None])[:, 0]  # (N,)
     length = torch.tensor([stage.length for stage in task.stage_table], device=distance.device)[stage]
     phi = stage_potential(distance, length, potential)
     stage, distance = torch.where(success, K, stage), torch.where(success, 0.0, distance)
     phi = torch.where(success, 0.0 if across == "offset" else 1.0, phi)
     return {"stage": stage, "stage_distance": distance, "potential": stage + phi if across == "offset" else phi}
 
-
 def segment_stages(stage: Tensor, num_stages: int) -> Tensor:
     """Cuts trajectories by the first entry into each stage: the running maximum of the labels, clipped to K - 1.
-
-    stage: (T,) or (T, N) integers in 0..K, time first. Returns the same shape: the segment of each step, monotone in time.
-    """
+    stage: (T,) or (T, N) integers in 0..K, time first. Returns the same shape: the segment of each step, monotone in time."""
     return torch.cummax(torch.as_tensor(stage), 0).values.clamp(max=num_stages - 1)
-
 
 def stage_costs(distance: Tensor, segment: Tensor, num_stages: int) -> Tensor:
     """l_k: mean distance over the steps of segment k. distance, segment: (T,). Returns (K,) float, NaN for stages never entered."""
     member = torch.nn.functional.one_hot(torch.as_tensor(segment).long(), num_stages).to(torch.as_tensor(distance).dtype)  # (T, K)
     return torch.as_tensor(distance) @ member / member.sum(0)
 
-
-def shape_rewards(
-    rewards: Tensor, potentials: Tensor, next_potentials: Tensor, terminated: Tensor, gamma: float, weight: float
-) -> Tensor:
+def shape_rewards(rewards: Tensor, potentials: Tensor, next_potentials: Tensor, terminated: Tensor, gamma: float, weight: float) -> Tensor:
     """Potential-based shaping (Ng, Harada, Russell 1999; the paper's r'): r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)).
-
     All (T, N). `next_potentials[t]` is Phi of the true next state (of the final observation at an episode's end). It counts as 0
-    where `terminated`, else the optimal policy would change; a truncated episode goes on, so there it stays.
-    """
+    where `terminated`, else the optimal policy would change; a truncated episode goes on, so there it stays."""
     assert rewards.shape == potentials.shape == next_potentials.shape == terminated.shape, "shapes differ: this would broadcast"
     return rewards + weight * (gamma * torch.where(terminated, 0.0, next_potentials) - potentials)
 
@@ -421,7 +372,6 @@ def shape_rewards(
 def light_panda() -> Path:
     """Folder of Panda URDFs whose visual meshes have 5 % of the triangles (134,924 -> 6,813), made once in the user's cache. A software
     renderer spends three quarters of a frame on them. Collision meshes are untouched: the physics is the same."""
-    import mani_skill
     import trimesh
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stare-vla" / f"panda-{mani_skill.__version__}-2"
@@ -439,42 +389,35 @@ def light_panda() -> Path:
             scene.export(file)
         wrist = folder / "panda_v3.urdf"  # the camera on its wrist has more triangles than all the rest
         wrist.write_text(re.sub(r"<visual>(?:(?!</visual>).)*realsense2.*?</visual>", "", wrist.read_text(), flags=re.S))
-        try:
+        with contextlib.suppress(OSError):  # another process was faster
             folder.rename(cache)
-        except OSError:  # another process was faster
-            pass
         shutil.rmtree(folder.parent)
     return cache
-
 
 def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool) -> type:
     """ManiSkill's env class with our cameras (stock_camera: its own) and, out of distribution, one thing that training never varies, drawn from
     each episode's seed. ood: "position" moves the object and what belongs to it OOD_SHIFT away from the middle of where it is drawn, "camera" moves
     each camera by OOD_CAMERA in a random direction, "lighting" replaces the lamps."""
-    from mani_skill.sensors.camera import CameraConfig
-    from mani_skill.utils.registration import REGISTERED_ENVS
-    from mani_skill.utils.sapien_utils import look_at
-    from mani_skill.utils.structs.pose import Pose
-
     task, stock = TASKS[env_id], REGISTERED_ENVS[env_id].cls
 
     def draw(env, *size):
         return np.random.default_rng(int(env._episode_seed[0])).standard_normal(size)
 
     def cameras(env):
-        configs, away = stock._default_sensor_configs.fget(env) if stock_camera else [], draw(env, max(1, len(task.views)), 3)
+        away, size = draw(env, len(task.views), 3), (IMAGE_SIZE, IMAGE_SIZE // 2) if task.wide else (IMAGE_SIZE // 2, IMAGE_SIZE)
         away *= OOD_CAMERA * (ood == "camera") / np.linalg.norm(away, axis=1, keepdims=True)
-        size = (IMAGE_SIZE, IMAGE_SIZE // 2) if task.wide else (IMAGE_SIZE // 2, IMAGE_SIZE)
-        return configs or [CameraConfig(f"view_{i}", look_at(eye + away[i], at), *size, fov, 0.01, 100) for i, (eye, at, fov) in enumerate(task.views)]
+        return [CameraConfig(f"view_{i}", look_at(eye + away[i], at), *size, fov, 0.01, 100) for i, (eye, at, fov) in enumerate(task.views)]
 
     def initialize(env, env_idx, options):
-        grid = getattr(env, "xyz_configs", None)
-        if task.grid and "episode_id" not in options:
-            env.xyz_configs = grid + TRAIN_JITTER * flat(2 * torch.rand_like(grid) - 1)
+        middle = torch.zeros(3, device=env.device)
+        if task.grid:  # training begins beside SimplerEnv's configurations, which evaluation plays
+            grid, middle = env.xyz_configs, env.xyz_configs[:, 0].mean(0)
+            env.xyz_configs = grid + ("episode_id" not in options) * TRAIN_JITTER * flat(2 * torch.rand_like(grid) - 1)
         stock._initialize_episode(env, env_idx, options)
-        env.xyz_configs = grid
+        if task.grid:
+            env.xyz_configs = grid
         if ood == "position":
-            actors, middle = task.movable(env), grid[:, 0].mean(0) if task.grid else torch.zeros(3, device=env.device)
+            actors = task.movable(env)
             away = OOD_SHIFT * torch.nn.functional.normalize(flat(actors[0].pose.p[env_idx] - middle), dim=-1)
             for actor in actors:
                 actor.set_pose(Pose.create_from_pq(actor.pose.p[env_idx] + away, actor.pose.q[env_idx]))
@@ -485,7 +428,7 @@ def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool) -> type
         env.scene.add_directional_light([*random[3:5], -1], np.abs(1 + 0.7 * random[5:8]), shadow=False)
 
     ours = {"_initialize_episode": initialize, "SUPPORTED_OBS_MODES": ("none", "rgb", "rgb+segmentation")}
-    if task.views:
+    if task.views and not stock_camera:
         ours["_default_sensor_configs"] = property(cameras)
     if ood == "lighting":
         ours["_load_lighting"] = lamps
@@ -512,11 +455,6 @@ class StageEnv:
         """reward: "sparse" is 1 on a success step and else 0; "dense" is ManiSkill's normalized_dense. potential, potential_across_stages: see
         stage_potential and stage_signals. max_episode_steps: None is the registered horizon. stock_camera, ood: see scene_class. render=False: no
         `rgb`, and no renderer is needed. control_mode: "" is the arm's."""
-        import mani_skill.envs  # noqa: F401  registers the env ids
-        from mani_skill.agents.robots.panda import Panda, PandaWristCam
-        from mani_skill.agents.robots.widowx.widowx import WidowX250S
-        from mani_skill.utils.registration import TimeLimitWrapper
-
         (env_id,) = env_ids(env_id)
         self.task, self.num_envs, self.backend, self.dense, self.render = TASKS[env_id], num_envs, backend, reward == "dense", render
         self.potential, self.across = potential, potential_across_stages
@@ -546,7 +484,7 @@ class StageEnv:
         seed = seed if explicit else [self.next_seed[i] for i in index.tolist()]
         # PhysX keeps contacts that no reset clears; rebuilding the scene makes an explicitly seeded episode a function of its seed alone
         options = {"reconfigure": explicit and self.backend == "cpu"} if len(index) == self.num_envs else {"env_idx": index}
-        if self.task.grid and min(seed) >= EVAL_SEED:  # evaluation plays SimplerEnv's configurations in turn; training begins beside them
+        if self.task.grid and min(seed) >= EVAL_SEED:  # SimplerEnv's configurations in turn
             options["episode_id"] = torch.tensor(seed, device=self.base.device) - EVAL_SEED
         obs, _ = self.env.reset(seed=seed if len(seed) == self.num_envs else None, options=options)
         for i, s in zip(index.tolist(), seed, strict=True):
@@ -691,13 +629,9 @@ class StageVectorEnv:
         return {name.replace("ended", "final"): cls.tensors(x) if isinstance(x, dict) else torch.from_numpy(np.array(x))
                 for name, x in batch.items() if name[0] != "_"}  # fmt: skip
 
-
 def check_world(env_id: str, full_meshes: bool = False) -> None:
     """Chooses the software driver where there is no GPU, makes the light meshes once, and raises UserError when the task is unknown, its assets
     are missing or SAPIEN cannot render."""
-    import mani_skill
-    import sapien
-
     data = mani_skill.ASSET_DIR
     if get_task(env_id).grid and not ((data / "tasks/bridge_v2_real2sim_dataset").is_dir() and (data / "robots/widowx").is_dir()):
         download = "python -m mani_skill.utils.download_asset"
@@ -715,7 +649,6 @@ def check_world(env_id: str, full_meshes: bool = False) -> None:
                         " libvulkan1 (Debian 12: from bookworm-backports)") from None  # fmt: skip
     if not full_meshes:
         light_panda()  # once here, not once in every process
-
 
 def make_envs(
     env_id: str, num_envs: int, seed: int, terminate_on_success: bool = True, *, backend: str = "cpu", full_meshes: bool = False, **kwargs
