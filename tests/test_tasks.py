@@ -57,6 +57,26 @@ def test_expert_goes_through_every_stage_in_order_to_success(env_id):
     env.close()
 
 
+@pytest.mark.parametrize("env_id", [needs_assets(env_id) for env_id in TASKS])
+def test_stage_functions_read_each_row_of_a_batch_by_itself(env_id):
+    """GPU simulation hands them N states at once: they must say of each what they say of it alone."""
+    env = state_env(env_id)
+    env.reset(7)
+    states, alone = [], []
+    for _ in range(12):
+        action = env.expert_action(RIGHT)
+        states.append({name: value.clone() for name, value in env.state.items()})
+        alone.append((action, env.infos(torch.zeros(1, dtype=torch.bool))))
+        env.step(action)
+    env.num_envs, env.state = len(states), {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    env.object_start = env.object_start.expand(len(states), 3)
+    together = env.infos(torch.zeros(len(states), dtype=torch.bool))
+    for name in ("stage", "stage_distance", "potential", "geometry"):
+        assert torch.allclose(together[name], torch.cat([infos[name] for _, infos in alone]), atol=1e-6), name
+    assert torch.allclose(env.expert_action(RIGHT.expand(len(states))), torch.cat([action for action, _ in alone]), atol=1e-5)
+    env.close()
+
+
 class Recorder:
     """What ManiSkill's motion planner takes for an env: a StageEnv under joint control, whose stages are written down."""
 
