@@ -298,8 +298,9 @@ def main(args: Args) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     for env_id in env_ids:
         start = time.time()
-        # what differs from a plain evaluation of one task has files of its own
-        kinds = [env_id] * (len(env_ids) > 1) + [args.ood] * (args.ood != "none") + ["other_words"] * bool(texts[env_id])
+        # each task, --ood and other words have files of their own
+        words = ["own_words"] if args.instruction else ["other_words"] * bool(texts[env_id])
+        kinds = [env_id] * (len(model.config.norm_stats) > 1) + [args.ood] * (args.ood != "none") + words
         name = "_".join(["results", *kinds])
         video = output / f"{name.replace('results', 'video')}.mp4" if args.capture_video else None
         result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend,

@@ -243,7 +243,7 @@ def collect_demos(path: Path, env_id: str, args: Args) -> None:
         while len(kept) < args.num_demos:
             begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_slip) & (slip_left == 0)
             slip[begin], slip_left[begin] = (torch.from_numpy(rng.integers(*span, args.num_envs))[begin] for span in ((1, K), (3, 9)))
-            label, played = expert.act(), expert.act(slip * (slip_left > 0))
+            label, played = expert.act().cpu(), expert.act(slip * (slip_left > 0)).cpu()
             for move in (label, played):
                 move[:, :3] = move[:, :3].clamp(-args.demo_speed * limit[:3], args.demo_speed * limit[:3])
             noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float()
@@ -312,7 +312,7 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, t
                 rgb, proprio, where = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group["geometry"][:]
             elif "env_states" in group:
                 env = env or stare_utils.StageEnv(env_id, 1, "cpu", 0)
-                env.reset()  # objects' sizes and hidden goals belong to the episode
+                env.reset(episode.get("episode_seed"))  # objects' sizes belong to the episode
                 states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[: len(group["actions"])]
                 seen = [env.observe_state(state) for state in states]
                 rgb, proprio, where = (np.concatenate([obs[name] for obs in seen]) for name in ("rgb", "proprio", "geometry"))

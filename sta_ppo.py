@@ -201,8 +201,9 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
     """The newest checkpoint of the first of `scripts` that has run on this env, else the one shipped with the repository."""
     root = Path(__file__).parent
     for script in scripts:
-        if found := sorted(Path("runs").glob(f"{env_id}__{script}__*/checkpoint"), key=lambda folder: folder.stat().st_mtime):
-            return str(found[-1])
+        found = [folder for folder in Path("runs").glob(f"*__{script}__*/checkpoint") if env_id in folder.parent.name.split("__")[0].split(",")]
+        if found:
+            return str(max(found, key=lambda folder: folder.stat().st_mtime))
     if (root / "checkpoints" / f"{env_id}__sft").is_dir():
         return str(root / "checkpoints" / f"{env_id}__sft")
     raise UserError(f"no checkpoint for {env_id}: run `python sft.py --env-id {env_id}` first, or give --checkpoint")
@@ -517,7 +518,7 @@ def main(args: Args) -> None:
         result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
         for key in ("success_once", "success_at_end"):
             writer.add_scalar(f"eval/{key}", result[key], iteration * args.batch_size)
-        print(f"success_once {result['success_once']:.3f} over {args.num_eval_episodes} episodes")
+        print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
 

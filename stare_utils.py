@@ -254,7 +254,7 @@ def around(x: float, z: float, fov: float, side: int = 1) -> Views:
 
 def bridge(instruction: str, paraphrases: tuple[str, ...], clearance: float, near: float, place_length: float, steps: int = 60, grid: int = 24) -> Task:
     return Task(instruction, paraphrases, (*pick(0.165, 0.055, 0.03), *place_on(0.155, place_length, clearance, near)), observe_bridge, steps,
-                arm=WIDOWX, grid=grid, movable=lambda env: list(env.objs.values()))  # fmt: skip
+                arm=WIDOWX, grid=grid, movable=lambda env: list(env.objs.values())[: 1 if env.scene_setting == "sink" else 2])  # the basket stays  # fmt: skip
 
 NEAR_VIEWS = ((0.0, 0.62, 0.32), (0.0, 0.0, 0.165), 0.82), ((0.62, 0.0, 0.32), (0.0, 0.0, 0.165), 0.82)  # the object spans at least 8 pixels
 TASKS: dict[str, Task] = {
@@ -412,7 +412,9 @@ def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool) -> type
         middle = torch.zeros(3, device=env.device)
         if task.grid:  # training begins beside SimplerEnv's configurations, which evaluation plays
             grid, middle = env.xyz_configs, env.xyz_configs[:, 0].mean(0)
-            env.xyz_configs = grid + ("episode_id" not in options) * TRAIN_JITTER * flat(2 * torch.rand_like(grid) - 1)
+            env.xyz_configs = grid.clone()
+            moving = len(task.movable(env)) if "episode_id" not in options else 0
+            env.xyz_configs[:, :moving] += TRAIN_JITTER * flat(2 * torch.rand_like(grid[:, :moving]) - 1)
         stock._initialize_episode(env, env_idx, options)
         if task.grid:
             env.xyz_configs = grid
@@ -534,8 +536,8 @@ class StageEnv:
         if self.render:
             rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 1 if self.task.wide else 2)
             if rgb.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):  # SimplerEnv's 640 x 480, squeezed into a square as for OpenVLA
-                rgb = torch.nn.functional.interpolate(rgb.movedim(-1, 1), [IMAGE_SIZE] * 2, mode="bilinear", antialias=True).movedim(1, -1).contiguous()
-            seen["rgb"] = rgb
+                rgb = torch.nn.functional.interpolate(rgb.movedim(-1, 1).float(), [IMAGE_SIZE] * 2, mode="bilinear", antialias=True).movedim(1, -1)
+            seen["rgb"] = rgb.round().byte().contiguous()
         return seen
 
     def infos(self, success: Tensor) -> State:
