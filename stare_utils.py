@@ -396,7 +396,7 @@ def light_panda() -> Path:
 
 def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool) -> type:
     """ManiSkill's env class with our cameras (stock_camera: its own) and, out of distribution, one thing that training never varies, drawn from
-    each episode's seed. ood: "position" moves the object and what belongs to it OOD_SHIFT away from the middle of where it is drawn, "camera" moves
+    each episode's seed. ood: "position" moves the object and what belongs to it OOD_SHIFT away from the middle of the table or grid, "camera" moves
     each camera by OOD_CAMERA in a random direction, "lighting" replaces the lamps."""
     task, stock = TASKS[env_id], REGISTERED_ENVS[env_id].cls
 
