@@ -300,7 +300,7 @@ TASKS: dict[str, Task] = {
     "PutCarrotOnPlateInScene-v1": bridge(
         "put carrot on plate", ("place the carrot on the plate", "move the carrot onto the dish", "carrot to plate"), 0.05, 0.04, 0.032),
     "PutSpoonOnTableClothInScene-v1": bridge(
-        "put the spoon on the towel", ("place the spoon onto the cloth", "lay the spoon on the blue towel", "spoon to towel"), 0.05, 0.04, 0.044),
+        "put the spoon on the towel", ("place the spoon onto the cloth", "lay the spoon on the blue towel", "spoon to towel"), 0.05, 0.08, 0.09),
     "StackGreenCubeOnYellowCubeBakedTexInScene-v1": bridge(
         "stack the green block on the yellow block",
         ("put the green cube on top of the yellow cube", "place the green block onto the yellow one", "pile up the blocks"), 0.05, 0.03, 0.028),
@@ -370,7 +370,7 @@ def shape_rewards(rewards: Tensor, potentials: Tensor, next_potentials: Tensor, 
 
 # ------------------------------------------------------------ Environments ------------------------------------------------------------
 def light_panda() -> Path:
-    """Folder of Panda URDFs whose visual meshes have 5 % of the triangles (134,924 -> 6,813), made once in the user's cache. A software
+    """Folder of Panda URDFs whose visual meshes have 5 % of the triangles (134,924 -> 6,725), made once in the user's cache. A software
     renderer spends three quarters of a frame on them. Collision meshes are untouched: the physics is the same."""
     import trimesh
 
