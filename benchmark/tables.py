@@ -4,9 +4,11 @@
     python benchmark/tables.py runs/*__200       # first appends the results of these runs to docs/sft.jsonl
 """
 import json
-import math
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from eval import wilson
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -20,11 +22,10 @@ def rows(name: str) -> list[dict]:
     return list(found.values())
 
 
-def wilson(successes: float, n: int) -> str:
-    """Share in per cent with its 95 % interval (Wilson 1927)."""
-    z, p = 1.959964, successes / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return f"{100 * p:.1f} % [{100 * (centre - half) / (1 + z * z / n):.1f}, {100 * (centre + half) / (1 + z * z / n):.1f}]"
+def success(row: dict) -> str:
+    """success_once in per cent with its 95 % interval."""
+    low, high = wilson(row["success_once"] * row["num_episodes"], row["num_episodes"])
+    return f"{100 * row['success_once']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def expert() -> str:
@@ -32,7 +33,7 @@ def expert() -> str:
     for row in rows("expert"):
         if row["ood"] == "none":
             n, entry = row["num_episodes"], ", ".join(f"{name} {d}" for name, d in row["entry_distance"].items())
-            lines.append(f"| {row['env_id']} | {wilson(row['success_once'] * n, n)} | {n} | {row['mean_length']} ({row['max_episode_steps']}) | {entry} |")
+            lines.append(f"| {row['env_id']} | {success(row)} | {n} | {row['mean_length']} ({row['max_episode_steps']}) | {entry} |")
     return "\n".join(lines)
 
 
@@ -41,8 +42,7 @@ def sft() -> str:
     for row in rows("sft"):
         if row["ood"] == "none" and not row["instructions"]:
             n, reach = row["num_episodes"], ", ".join(f"{100 * rate:.0f} %" for rate in row["stage_reach_rate"])
-            share = wilson(row["success_once"] * n, n)
-            lines.append(f"| {row['env_id']} | {share} | {100 * row['success_at_end']:.1f} % | {n} | {reach} | {row['wall_s']:.0f} |")
+            lines.append(f"| {row['env_id']} | {success(row)} | {100 * row['success_at_end']:.1f} % | {n} | {reach} | {row['wall_s']:.0f} |")
     return "\n".join(lines)
 
 
@@ -50,7 +50,7 @@ def ood() -> str:
     table = {}
     for row in rows("sft") + rows("expert"):
         kind = "other words" if row.get("instructions") else row["ood"]
-        table.setdefault((row["env_id"], row["method"]), {})[kind] = wilson(row["success_once"] * row["num_episodes"], row["num_episodes"])
+        table.setdefault((row["env_id"], row["method"]), {})[kind] = success(row)
     kinds = ("none", "position", "camera", "lighting", "other words")
     lines = ["| env id | policy | as trained | position | camera | lighting | other words |", "|---|---|---|---|---|---|---|"]
     return "\n".join(lines + [f"| {env_id} | {method} | " + " | ".join(cells.get(kind, "") for kind in kinds) + " |"
