@@ -154,8 +154,8 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     return output, writer
 
 
-def save_checkpoint(output: Path, model, processor, args: dict, state: dict, value_head=None) -> None:
-    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), value head.
+def save_checkpoint(output: Path, model, processor, args: dict, state: dict, heads: dict = {}) -> None:  # noqa: B006
+    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), and each head by its name.
     The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
     transformers_logging.disable_progress_bar()
     new, old = output / "checkpoint.new", output / "checkpoint.old"
@@ -163,8 +163,8 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, val
     model.save_pretrained(new)
     processor.save_pretrained(new)
     write_text(new / "args.json", json.dumps(args, indent=1))
-    if value_head is not None:
-        save_file(value_head.state_dict(), new / "value_head.safetensors")
+    for name, head in heads.items():
+        save_file(head.state_dict(), new / f"{name}.safetensors")
     torch.save(state, new / "training_state.pt")
     shutil.rmtree(old, ignore_errors=True)
     if (output / "checkpoint").exists():
@@ -230,7 +230,7 @@ def check_instructions(model, processor, texts: list[str]) -> None:
 
 def collect_demos(path: Path, env_id: str, args: Args) -> None:
     """Runs the scripted expert until `num_demos` episodes have succeeded and writes them as ManiSkill does: `traj_i` groups with
-    `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels) and `geometry` (T x 6)."""
+    `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels), `geometry` (T x 6) and `stage` (T)."""
     task = TASKS[env_id]
     horizon, limit = 2 * task.max_episode_steps, torch.tensor(task.arm.limit)  # who is slow and errs needs time
     envs = make_envs(env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon)
@@ -257,16 +257,17 @@ def collect_demos(path: Path, env_id: str, args: Args) -> None:
             slip_left, pause_left = (slip_left - 1).clamp(min=0), (pause_left - 1).clamp(min=0)
             next_obs, _, _, _, next_info = envs.step(action)
             for i in range(args.num_envs):
-                episodes[i].append((obs["rgb"][i].cpu(), obs["proprio"][i].cpu(), action[i].cpu(), label[i].cpu(), info["geometry"][i].cpu()))
+                seen = (obs["rgb"], obs["proprio"], action, label, info["geometry"], info["stage"])
+                episodes[i].append(tuple(x[i].cpu() for x in seen))
                 if next_info["_final_info"][i]:
                     if next_info["final_info"]["success"][i] and len(kept) < args.num_demos:
-                        rgb, proprio, actions, labels, where = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
+                        rgb, proprio, actions, labels, where, stage = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
                         group = file.create_group(f"traj_{len(kept)}")
                         final = next_info["final_obs"]
                         rgb = np.concatenate([rgb, final["rgb"][i][None].cpu()])
                         group.create_dataset("obs/sensor_data/base_camera/rgb", data=rgb, compression="lzf")
                         group["obs/proprio"] = np.concatenate([proprio, final["proprio"][i][None].cpu()])
-                        group["actions"], group["expert_actions"], group["geometry"] = actions, labels, where
+                        group["actions"], group["expert_actions"], group["geometry"], group["stage"] = actions, labels, where, stage
                         group["success"] = np.arange(1, len(actions) + 1) == len(actions)
                         kept.append({"episode_id": len(kept), "episode_seed": int(info["seed"][i]), "control_mode": task.arm.control_mode,
                                      "elapsed_steps": len(actions), "success": True})  # fmt: skip
@@ -284,9 +285,10 @@ def collect_demos(path: Path, env_id: str, args: Args) -> None:
     path.with_suffix(".tmp").rename(path)
 
 
-def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A) and geometry (M, 6) of the first `num_demos` successful episodes of a ManiSkill .h5.
-    Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera.
+def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, ...]:
+    """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A), geometry (M, 6) and stage labels (M,) of the first `num_demos` successful episodes
+    of a ManiSkill .h5. Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera; their stage is -1,
+    unknown: a state that was put back has no contact forces.
     Raises UserError on a file of another env or control mode, without actions or without states."""
     mode = TASKS[env_id].arm.control_mode
     try:
@@ -318,7 +320,8 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, t
                 rgb, proprio, where = (np.concatenate([obs[name] for obs in seen]) for name in ("rgb", "proprio", "geometry"))
             else:
                 raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
-            frames.append((rgb, proprio, group.get("expert_actions", group["actions"])[:], where))
+            stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
+            frames.append((rgb, proprio, group.get("expert_actions", group["actions"])[:], where, stage))
     return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
 
 
@@ -360,7 +363,7 @@ def main(args: Args) -> None:
         if not (output / f"demos_{env_id}.h5").exists():
             collect_demos(output / f"demos_{env_id}.h5", env_id, args)
         demos.append(read_demos(output / f"demos_{env_id}.h5", env_id, args.num_demos))
-    rgb, proprio, actions, where = (torch.cat(parts) for parts in zip(*demos, strict=True))
+    rgb, proprio, actions, where, stages = (torch.cat(parts) for parts in zip(*demos, strict=True))
     which = torch.repeat_interleave(torch.arange(len(env_ids)), torch.tensor([len(part[0]) for part in demos]))  # (M,) task of each frame
     # A policy keeps the units it was trained in: those of its proprioception, and those of the actions of each task that it knows
     known, pooled = model.config.norm_stats, {"mean": proprio.mean(0).tolist(), "std": proprio.std(0).clamp(min=1e-3).tolist()}
@@ -373,13 +376,17 @@ def main(args: Args) -> None:
     varying = ", ".join(f"{env_id} {row.nonzero()[:, 0].tolist()}" for env_id, row in zip(env_ids, actives, strict=True))
     print(f"{len(rgb)} frames; action dimensions that vary: {varying}; {(time.time() - start):.0f} s so far")
     aux_head = torch.nn.Linear(model.config.text_config.hidden_size, where.shape[-1]).to(device)
+    # STARE: the learned separator, a linear read-out of the hidden state that tells the stage. It learns from the policy and teaches it nothing
+    separator = torch.nn.Linear(model.config.text_config.hidden_size, max(len(TASKS[env_id].stages) for env_id in env_ids)).to(device)
+    params = [*model.parameters(), *aux_head.parameters()]
     optimizer = torch.optim.AdamW(
-        [*model.parameters(), *aux_head.parameters()], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+        [*params, *separator.parameters()], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     step, history = 0, []
     if state:
         optimizer.load_state_dict(state["optimizer"])
         aux_head.load_state_dict(state["aux_head"])
+        separator.load_state_dict(state["separator"])
         step, history, start = state["step"], state["history"], start - state["wall_s"]
 
     model.train()
@@ -399,32 +406,37 @@ def main(args: Args) -> None:
         logprob, _, hidden, greedy = action_logprob(model, inputs, mb_bins, active)
         ce = -(logprob / active.sum(-1)).mean()  # cross-entropy per active token, nats
         aux_loss = F.smooth_l1_loss(aux_head(hidden.float()), where[index].to(device) / 0.1)  # in units of 10 cm
-        loss = ce + args.aux_coef * aux_loss
+        stage_logits, mb_stages = separator(hidden.detach().float()), stages[index].to(device)
+        stage_loss = F.cross_entropy(stage_logits, mb_stages, ignore_index=-1, reduction="sum") / args.batch_size
+        loss = ce + args.aux_coef * aux_loss + stage_loss
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_([*model.parameters(), *aux_head.parameters()], args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         optimizer.step()
         step += 1
 
         with torch.no_grad():
             error = (greedy - bins[index].to(device)).abs()[active]
             l1 = 2 * error.float().mean() / (model.config.n_action_bins - 1)  # in units of the largest action
-            history.append(torch.stack([ce, aux_loss, (error == 0).float().mean(), l1, grad_norm]))
+            right = (stage_logits.argmax(-1) == mb_stages).float().mean()
+            history.append(torch.stack([ce, aux_loss, (error == 0).float().mean(), l1, grad_norm, right]))
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
-            ce, aux, accuracy, l1, norm = torch.stack(history).mean(0).tolist()  # the means since the last line
+            ce, aux, accuracy, l1, norm, right = torch.stack(history).mean(0).tolist()  # the means since the last line
             history = []
             progress.set_postfix_str(f"ce {ce:.2f} token accuracy {accuracy:.2f} L1 {l1:.3f}")
             if step % 500 == 0:
                 print(f"update {step}: ce {ce:.3f} aux {aux:.4f} accuracy {accuracy:.3f} L1 {l1:.4f}, {time.time() - start:.0f} s", flush=True)
-            scalars = {"losses/ce": ce, "losses/aux": aux, "losses/token_accuracy": accuracy, "losses/action_l1": l1, "losses/grad_norm": norm,
+            scalars = {"losses/ce": ce, "losses/aux": aux, "losses/token_accuracy": accuracy, "losses/action_l1": l1, "losses/grad_norm": norm, "losses/stage_accuracy": right,
                        "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": step * args.batch_size / (time.time() - start)}  # fmt: skip
             for key, value in scalars.items():
                 writer.add_scalar(key, value, step)
         if step % args.save_freq == 0 or step == args.num_updates:
             wall = time.time() - start
-            state = {"optimizer": optimizer.state_dict(), "aux_head": aux_head.state_dict(), "step": step, "history": history, "wall_s": wall}
-            save_checkpoint(output, model, processor, {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}, state)
+            state = {"optimizer": optimizer.state_dict(), "aux_head": aux_head.state_dict(), "separator": separator.state_dict(), "step": step,
+                     "history": history, "wall_s": wall}  # fmt: skip
+            heads = {"separator": separator} if (stages >= 0).any() else {}
+            save_checkpoint(output, model, processor, {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}, state, heads)
     progress.close()
 
     for env_id in env_ids if args.num_eval_episodes else []:

@@ -144,8 +144,8 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     return output, writer
 
 
-def save_checkpoint(output: Path, model, processor, args: dict, state: dict, value_head=None) -> None:
-    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), value head.
+def save_checkpoint(output: Path, model, processor, args: dict, state: dict, heads: dict = {}) -> None:  # noqa: B006
+    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), and each head by its name.
     The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
     transformers_logging.disable_progress_bar()
     new, old = output / "checkpoint.new", output / "checkpoint.old"
@@ -153,8 +153,8 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, val
     model.save_pretrained(new)
     processor.save_pretrained(new)
     write_text(new / "args.json", json.dumps(args, indent=1))
-    if value_head is not None:
-        save_file(value_head.state_dict(), new / "value_head.safetensors")
+    for name, head in heads.items():
+        save_file(head.state_dict(), new / f"{name}.safetensors")
     torch.save(state, new / "training_state.pt")
     shutil.rmtree(old, ignore_errors=True)
     if (output / "checkpoint").exists():
