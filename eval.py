@@ -28,12 +28,13 @@ import torch
 import tyro
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 import vla
-from stare_utils import EVAL_SEED, UserError, make_envs
+from stare_utils import EVAL_SEED, UserError, decode_stages, make_envs, segment_stages
 
 
 @dataclass
@@ -110,6 +111,21 @@ def check_instructions(model, processor, texts: list[str]) -> None:
             raise UserError(f"the instruction {text[:40]!r}... has {length} tokens, the model has room for {room}: shorten it")
 
 
+def load_separator(folder: Path, device: torch.device):
+    """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
+    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none."""
+    first = folder
+    while not (folder / "separator.safetensors").exists():
+        try:
+            folder = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"no learned separator behind {first}: sft.py trains one on demonstrations that it makes itself") from None
+    weights = load_file(folder / "separator.safetensors", device=str(device))
+    separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
+    separator.load_state_dict(weights)
+    return folder, separator
+
+
 def task_stats(model, env_id: str) -> dict:
     """The normalisation statistics (`action`, `proprio`) of a task. Raises UserError when the checkpoint was trained on others."""
     if env_id not in model.config.norm_stats:
@@ -181,33 +197,59 @@ def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
     path.with_suffix(".tmp.mp4").rename(path)
 
 
+def compare_separator(read: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], num_stages: int) -> dict:
+    """The learned separator against the rules, on episodes up to their success, or their end.
+
+    read: per episode the rules' stage (T,), the separator's log-probabilities (T, K) and (T,) bool, true from success on. Returns `causal_accuracy`
+    (share of steps whose most likely stage is the rules': what STA-PPO uses), `viterbi_accuracy` (share of steps in the rules' segment: what STA-TPO
+    uses), `boundary_error` (steps between the two first entries into a stage, mean over the boundaries that both have), `boundary_missed` (share of
+    boundaries that only one of them has) and `num_steps`.
+    """
+    causal, viterbi, gaps, single = [], [], [], 0
+    for stage, logprobs, over in read:
+        stage, logprobs = stage[~over], logprobs[~over]
+        rules, decoded = segment_stages(stage, num_stages), decode_stages(logprobs)
+        causal.append(logprobs.argmax(-1) == stage)
+        viterbi.append(decoded == rules)
+        for k in range(1, num_stages):
+            first = [int((path >= k).float().argmax()) for path in (rules, decoded) if (path >= k).any()]
+            gaps += [abs(first[0] - first[1])] if len(first) == 2 else []
+            single += len(first) == 1
+    share = lambda x: float(torch.cat(x).float().mean())  # noqa: E731
+    return {"causal_accuracy": share(causal), "viterbi_accuracy": share(viterbi), "boundary_error": float(np.mean(gaps or math.nan)),
+            "boundary_missed": single / max(1, single + len(gaps)), "num_steps": sum(map(len, causal))}  # fmt: skip
+
+
 def evaluate(
     model, processor, env_id: str, num_episodes: int, seed: int, num_envs: int, *, backend: str = "cpu", full_meshes: bool = False, ood: str = "none",
-    instructions: tuple[str, ...] = (), video: Path | None = None,
+    instructions: tuple[str, ...] = (), video: Path | None = None, separator: torch.nn.Linear | None = None,
 ) -> dict:
     """Greedy evaluation on full episodes (no termination, no partial reset). A task with a grid of initial configurations has no more episodes than that.
 
-    Returns `success_once`, `success_at_end`, `stage_reach_rate` (K,) = share of episodes that completed stage k (the last equals
-    success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows with seed, success_once,
-    success_at_end, return, episode_len, furthest_stage, stage_steps, and what the task reports at success. instructions: words given to the
-    policy, in turn; empty: the task's. video: where to write an mp4 of the first 16 episodes.
-    """
+    Returns `success_once`, `success_at_end`, `return`, `episode_len`, `furthest_stage` (means), `stage_reach_rate` (K,) = share of episodes that
+    completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows with seed,
+    success_once, success_at_end, return, episode_len, furthest_stage, stage_steps, and what the task reports at success. instructions: words given
+    to the policy, in turn; empty: the task's. video: where to write an mp4 of the first 16 episodes. separator: see compare_separator."""
     stats, device, was_training = task_stats(model, env_id), next(model.parameters()).device, model.training
     task, active = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"])
     num_episodes, texts = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,)
     envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes, ood=ood)
     N, K, names = envs.num_envs, envs.num_stages, (*task.stages, "done")
     model.eval()
-    rows, films = [], []
+    rows, films, read, threads = [], [], [], torch.get_num_threads()
+    torch.set_num_threads(1)  # the env processes are the parallelism
     progress = tqdm(total=num_episodes, desc=f"evaluate {env_id}", unit="episode", disable=None)
     while len(rows) < num_episodes:
         first = EVAL_SEED + 100_000 * seed + len(rows)
         obs, info = envs.reset(seed=list(range(first, first + N)))
         once, returns = torch.zeros(N, dtype=torch.bool), torch.zeros(N)
         steps, film, reported = torch.zeros(N, K + 1, dtype=torch.long), [[] for _ in range(N)], {name: torch.full((N,), math.nan) for name in task.report}
+        labels = []  # (stage by the rules, the separator's log-probabilities, over yet) of each step
         for _ in range(task.max_episode_steps):
             inputs = processor(obs["rgb"], [texts[(len(rows) + i) % len(texts)] for i in range(N)], obs["proprio"], stats.get("proprio"), device)
-            bins, _, _ = sample_action(model, inputs, active, greedy=True)
+            bins, _, hidden = sample_action(model, inputs, active, greedy=True)
+            if separator is not None:
+                labels.append((info["stage"].cpu(), separator(hidden.float())[:, :K].log_softmax(-1).cpu(), once.clone()))
             steps += torch.nn.functional.one_hot(info["stage"].cpu(), K + 1)
             obs, reward, _, truncated, info = envs.step(vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins))
             last_obs, info = (info["final_obs"], info["final_info"]) if truncated.all() else (obs, info)
@@ -222,20 +264,21 @@ def evaluate(
                          "return": float(returns[i]), "episode_len": int(info["elapsed_steps"][i]), "furthest_stage": int(info["furthest_stage"][i]),
                          "stage_steps": steps[i].tolist(), **{name: float(values[i]) for name, values in reported.items() if once[i]}})  # fmt: skip
             films.append(film[i])
+            read += [tuple(torch.stack([x[i] for x in column]) for column in zip(*labels, strict=True))] if labels else []
             progress.update()
     progress.close()
     envs.close()
     model.train(was_training)
+    torch.set_num_threads(threads)
     if video:
         write_video(video, films[:16])
     furthest = np.array([row["furthest_stage"] for row in rows])
     return {
-        "success_once": float(np.mean([row["success_once"] for row in rows])),
-        "success_at_end": float(np.mean([row["success_at_end"] for row in rows])),
+        **{name: float(np.mean([row[name] for row in rows])) for name in ("success_once", "success_at_end", "return", "episode_len", "furthest_stage")},
         "stage_reach_rate": [float((furthest > k).mean()) for k in range(K)],
         "stage_steps": np.mean([row["stage_steps"][:K] for row in rows], 0).tolist(),
         "episodes": rows,
-    }  # fmt: skip
+    } | ({"separator": compare_separator(read, K)} if read else {})  # fmt: skip
 
 
 def print_table(results: list[dict]) -> None:
@@ -295,6 +338,7 @@ def main(args: Args) -> None:
         check_instructions(model, processor, texts[env_id])
     output = make_folder(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
     trained = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+    separator = load_separator(folder, device)[1] if (folder / "separator.safetensors").exists() else None
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     for env_id in env_ids:
         start = time.time()
@@ -304,12 +348,15 @@ def main(args: Args) -> None:
         name = "_".join(["results", *kinds])
         video = output / f"{name.replace('results', 'video')}.mp4" if args.capture_video else None
         result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend,
-                          full_meshes=args.full_meshes, ood=args.ood, instructions=texts[env_id], video=video)  # fmt: skip
+                          full_meshes=args.full_meshes, ood=args.ood, instructions=texts[env_id], video=video, separator=separator)  # fmt: skip
         row = {"method": args.method or trained.get("method", ""), "env_id": env_id, "seed": trained.get("seed"), "num_episodes": len(result["episodes"]),
                "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1), "ood": args.ood,
                "instructions": texts[env_id], "commit": commit, "command": " ".join(["python", *sys.argv])}  # fmt: skip
         write_text(output / f"{name}.json", json.dumps({**row, **result}))
         print_table([{**row, **result}])
+        if separator is not None:
+            print("learned separator against the rules: causal {causal_accuracy:.3f}, Viterbi {viterbi_accuracy:.3f} of {num_steps} steps right; boundaries "
+                  "{boundary_error:.2f} steps off, {boundary_missed:.3f} of them missed or made up".format(**result["separator"]))  # fmt: skip
         print(f"wrote {output / name}.json" + (f" and {video}" if video else ""))
 
 

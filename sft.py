@@ -70,18 +70,13 @@ class Args:
     num_demos: int = 1000
     """demonstrations of each task that the expert makes, or the most that are read from --demo-path"""
     demo_speed: float = 0.4
-    """the expert moves by at most this share of its largest step along each axis: demonstrations are slow and careful, as people's are, and what
-    imitation then loses to the horizon is there for reinforcement to win; 1 is the expert itself"""
+    """the expert moves by at most this share of its largest step along each axis: demonstrations are slow, as people's are; 1 is the expert itself"""
     demo_noise: float = 0.1
-    """standard deviation of the noise on the expert's executed motion (shares of its largest step; every other step, at random); the label is the
-    expert's clean action, so the policy sees how to recover (DART, Laskey et al. 2017)"""
+    """deviation of the noise on the executed motion (shares of the largest step; every other step, at random); labels stay clean (DART, Laskey 2017)"""
     demo_slip: float = 0.02
-    """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right
-    action, so the policy sees how to try again"""
+    """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right action"""
     demo_pause: float = 0.04
-    """chance per step that the expert stands still for 2 to 6 steps, as people who teleoperate do. Pauses are labels too: imitation copies them,
-    and where the right motion is uncertain its most likely action is to stay (OpenVLA filters no-ops from its data for that; here
-    reinforcement unlearns them)"""
+    """chance per step that the expert stands still for 2 to 6 steps, as people do. Pauses are labels too: imitation copies, reinforcement unlearns them"""
 
     learning_rate: float = 1e-3
     """peak of the schedule: linear warm-up, then cosine to zero"""
@@ -97,11 +92,9 @@ class Args:
     """gradients are clipped to this norm"""
 
     label_jitter: float = 4.0
-    """standard deviation, in bins, of noise on each target at every draw: cross-entropy against a soft target over neighbouring bins. The
-    policy becomes smooth in the action, which is what exploration and policy gradients need. Not on the gripper; 0 leaves the demonstrated bin"""
+    """deviation, in bins, of noise on each target but the gripper's at every draw: a soft target over neighbouring bins, for a policy that explores"""
     aux_coef: float = 5.0
-    """weight of the auxiliary loss: the hidden state that predicts the first action token also tells where object and goal are (from the
-    simulator's state, demonstrations only). The tiny model learns to see with it; 0 leaves pure cross-entropy"""
+    """weight of the auxiliary loss: the hidden state also tells where object and goal are, which the tiny model learns to see with; 0: cross-entropy alone"""
 
     save_freq: int = 500
     """optimiser steps between checkpoints"""
@@ -373,23 +366,21 @@ def main(args: Args) -> None:
     bins = torch.cat([vla.tokenize_actions(part[2], s["action"]) for part, s in zip(demos, stats, strict=True)])
     actives = torch.stack([~vla.constant_dims(s["action"]) for s in stats])  # (tasks, A)
     del demos
-    varying = ", ".join(f"{env_id} {row.nonzero()[:, 0].tolist()}" for env_id, row in zip(env_ids, actives, strict=True))
-    print(f"{len(rgb)} frames; action dimensions that vary: {varying}; {(time.time() - start):.0f} s so far")
-    aux_head = torch.nn.Linear(model.config.text_config.hidden_size, where.shape[-1]).to(device)
-    # STARE: the learned separator, a linear read-out of the hidden state that tells the stage. It learns from the policy and teaches it nothing
-    separator = torch.nn.Linear(model.config.text_config.hidden_size, max(len(TASKS[env_id].stages) for env_id in env_ids)).to(device)
-    params = [*model.parameters(), *aux_head.parameters()]
-    optimizer = torch.optim.AdamW(
-        [*params, *separator.parameters()], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-    )
+    print(f"{len(rgb)} frames; action dimensions that vary: {[row.nonzero()[:, 0].tolist() for row in actives]}; {time.time() - start:.0f} s so far")
+    width, K = model.config.text_config.hidden_size, max(len(TASKS[env_id].stages) for env_id in env_ids)
+    # STARE: the learned separator reads the stage off the hidden state and teaches the policy nothing. With --learning-rate 0 it alone is trained
+    heads = torch.nn.ModuleDict({"aux": torch.nn.Linear(width, where.shape[-1]), "separator": torch.nn.Linear(width, K)}).to(device)
+    params = [*model.parameters(), *heads["aux"].parameters()]
+    groups = [{"params": params, "lr": args.learning_rate}, {"params": heads["separator"].parameters(), "lr": 1e-3}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     step, history = 0, []
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        aux_head.load_state_dict(state["aux_head"])
-        separator.load_state_dict(state["separator"])
+        heads.load_state_dict(state["heads"])
         step, history, start = state["step"], state["history"], start - state["wall_s"]
 
     model.train()
+    time_update = time.time()
     progress = trange(args.num_updates, initial=step, desc="sft", unit="update", disable=None)
     while step < args.num_updates:
         # The step alone decides its batch, so that a resumed run sees the same data
@@ -400,13 +391,13 @@ def main(args: Args) -> None:
         jitter = args.label_jitter * torch.randn(bins[index].shape, generator=generator)
         jitter[:, -1] = 0  # the gripper knows two commands and nothing between
         mb_bins = (bins[index] + jitter.round().long()).clamp(0, model.config.n_action_bins - 1).to(device)
-        fraction = step / args.num_updates
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / args.warmup_updates, 0.5 * (1 + np.cos(np.pi * fraction)))
+        cosine = 0.5 * (1 + np.cos(np.pi * step / args.num_updates))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / args.warmup_updates, cosine)
 
         logprob, _, hidden, greedy = action_logprob(model, inputs, mb_bins, active)
         ce = -(logprob / active.sum(-1)).mean()  # cross-entropy per active token, nats
-        aux_loss = F.smooth_l1_loss(aux_head(hidden.float()), where[index].to(device) / 0.1)  # in units of 10 cm
-        stage_logits, mb_stages = separator(hidden.detach().float()), stages[index].to(device)
+        aux_loss = F.smooth_l1_loss(heads["aux"](hidden.float()), where[index].to(device) / 0.1)  # in units of 10 cm
+        stage_logits, mb_stages = heads["separator"](hidden.detach().float()), stages[index].to(device)
         stage_loss = F.cross_entropy(stage_logits, mb_stages, ignore_index=-1, reduction="sum") / args.batch_size
         loss = ce + args.aux_coef * aux_loss + stage_loss
         optimizer.zero_grad()
@@ -418,31 +409,34 @@ def main(args: Args) -> None:
         with torch.no_grad():
             error = (greedy - bins[index].to(device)).abs()[active]
             l1 = 2 * error.float().mean() / (model.config.n_action_bins - 1)  # in units of the largest action
-            right = (stage_logits.argmax(-1) == mb_stages).float().mean()
-            history.append(torch.stack([ce, aux_loss, (error == 0).float().mean(), l1, grad_norm, right]))
+            right, stage_right = (error == 0).float().mean(), (stage_logits.argmax(-1) == mb_stages).float().mean()
+            losses = {"ce": ce, "aux": aux_loss, "token_accuracy": right, "action_l1": l1, "grad_norm": grad_norm, "stage_accuracy": stage_right}
+            history.append(torch.stack([*losses.values()]))
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
-            ce, aux, accuracy, l1, norm, right = torch.stack(history).mean(0).tolist()  # the means since the last line
+            seconds, time_update = (time.time() - time_update) / len(history), time.time()
+            scalars = {f"losses/{name}": value for name, value in zip(losses, torch.stack(history).mean(0).tolist(), strict=True)}  # since the last line
+            scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / seconds, "time/update": seconds,
+                        "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30}  # fmt: skip
             history = []
-            progress.set_postfix_str(f"ce {ce:.2f} token accuracy {accuracy:.2f} L1 {l1:.3f}")
+            progress.set_postfix_str(f"ce {scalars['losses/ce']:.2f}")
             if step % 500 == 0:
-                print(f"update {step}: ce {ce:.3f} aux {aux:.4f} accuracy {accuracy:.3f} L1 {l1:.4f}, {time.time() - start:.0f} s", flush=True)
-            scalars = {"losses/ce": ce, "losses/aux": aux, "losses/token_accuracy": accuracy, "losses/action_l1": l1, "losses/grad_norm": norm, "losses/stage_accuracy": right,
-                       "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": step * args.batch_size / (time.time() - start)}  # fmt: skip
+                print(f"update {step}: " + ", ".join(f"{key.split('/')[1]} {value:.4f}" for key, value in scalars.items()), flush=True)
             for key, value in scalars.items():
                 writer.add_scalar(key, value, step)
         if step % args.save_freq == 0 or step == args.num_updates:
             wall = time.time() - start
-            state = {"optimizer": optimizer.state_dict(), "aux_head": aux_head.state_dict(), "separator": separator.state_dict(), "step": step,
-                     "history": history, "wall_s": wall}  # fmt: skip
-            heads = {"separator": separator} if (stages >= 0).any() else {}
-            save_checkpoint(output, model, processor, {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}, state, heads)
+            state = {"optimizer": optimizer.state_dict(), "heads": heads.state_dict(), "step": step, "history": history, "wall_s": wall}
+            info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}
+            save_checkpoint(output, model, processor, info, state, {"separator": heads["separator"]} if (stages >= 0).any() else {})
     progress.close()
 
     for env_id in env_ids if args.num_eval_episodes else []:
+        begin = time.time()
         result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
-        for key in ("success_once", "success_at_end"):
-            writer.add_scalar(f"eval/{key}" if len(env_ids) == 1 else f"eval/{env_id}/{key}", result[key], step)
+        scalars = {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
+        for key, value in {**scalars, "time/eval": time.time() - begin}.items():
+            writer.add_scalar(key if len(env_ids) == 1 else f"{key}/{env_id}", value, step)
         print(f"{env_id}: success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")

@@ -4,7 +4,7 @@
     python sta_ppo.py --env-id PickCube-v1 --reward sparse    # plain PPO, the ablation; --reward dense is ManiSkill's own reward
 
   r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)),  Phi(s) = k + phi_k(s),  Phi of a terminal state = 0   (r' is the paper's; k + is ours, see README.md)
-  loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 - c_e * entropy
+  loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 + c_kl * mean KL(pi || pi_ref)
 The ratio is that of the whole action (sum of its tokens' log-probabilities). Deviations from CleanRL's ppo.py and RL4VLA: a truncated episode
 is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once
 (or within each stage: --stage-advantage); logged losses are means over the update; the critic is warmed up, its loss not clipped; AdamW;
@@ -13,6 +13,7 @@ To add a task edit TASKS in stare_utils.py, nothing here, and imitate it first (
 Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
 """
 import json
+import math
 import os
 import random
 import shutil
@@ -74,6 +75,8 @@ class Args:
     """offset: Phi = k + phi_k; bare: the paper's phi_k alone, which falls at each stage switch"""
     stage_advantage: bool = False
     """normalise advantages within each stage instead of over the whole buffer"""
+    stage_source: Literal["rules", "learned"] = "rules"
+    """rules read the simulator's state; learned is the separator that sft.py trained on the frozen SFT policy's features: no state, Phi = k alone"""
 
     total_timesteps: int = 65536
     """env steps in all, rounded up to whole updates"""
@@ -90,17 +93,19 @@ class Args:
     """passes over each roll-out"""
     clip_coef: float = 0.2
     """eps of the clipped ratio"""
-    ent_coef: float = 0.0
-    """c_e: weight of the entropy bonus"""
     vf_coef: float = 0.5
     """c_v: weight of the value loss"""
+    kl_coef: float = 0.0
+    """c_kl: weight of the KL to the policy that the run started from; 0 leaves it out"""
     target_kl: float | None = None
     """no further epoch in this update once the KL of an epoch's last minibatch exceeds this; without effect at --update-epochs 1"""
     critic_warmup: int = 2
     """updates in which the VLA's learning rate is 0 while Adam's second moments fill: an untrained critic punishes good actions, and Adam's
     first steps are its largest. Their momentum is forgotten"""
+    lora_rank: int = 0
+    """0 trains all weights; else LoRA matrices of this rank on all linear layers, merged into the checkpoints that are written"""
     learning_rate: float = 5e-5
-    """AdamW, all weights of the VLA"""
+    """AdamW, the VLA"""
     value_learning_rate: float = 1e-3
     """AdamW, value head"""
     anneal_lr: bool = True
@@ -229,6 +234,21 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
+def load_separator(folder: Path, device: torch.device):
+    """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
+    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none."""
+    first = folder
+    while not (folder / "separator.safetensors").exists():
+        try:
+            folder = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"no learned separator behind {first}: sft.py trains one on demonstrations that it makes itself") from None
+    weights = load_file(folder / "separator.safetensors", device=str(device))
+    separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
+    separator.load_state_dict(weights)
+    return folder, separator
+
+
 def task_stats(model, env_id: str) -> dict:
     """The normalisation statistics (`action`, `proprio`) of a task. Raises UserError when the checkpoint was trained on others."""
     if env_id not in model.config.norm_stats:
@@ -312,6 +332,20 @@ def compute_gae(
     return advantages, advantages + values
 
 
+def ppo_symptoms(first: dict, now: dict) -> list[str]:
+    """Lines that name what is wrong, from the logged scalars of the run's first update and of the present one."""
+    lines = []
+    if abs(now["losses/first_ratio"] - 1) > 0.01 or now["losses/rollout_update_logprob_gap"] > 0.05:
+        lines.append("the ratio on the first minibatch is not 1: roll-out and update compute different log-probabilities (mode, dropout, padding or dtype)")
+    if now["losses/entropy"] < 0.3 * first["losses/entropy"]:
+        lines.append("the entropy has collapsed to less than a third: nothing new is tried any more; lower --learning-rate or add --kl-coef")
+    if "charts/success_once" in first:
+        success, shaped = (now[key] - first[key] for key in ("charts/success_once", "charts/shaped_return"))
+        if success < -0.1 and shaped > 0.02:
+            lines.append("the shaped return rises while success falls: the policy collects the stage reward instead of the task; lower --shaping-weight")
+    return lines
+
+
 def normalize(advantages: torch.Tensor, stages: torch.Tensor | None) -> torch.Tensor:
     """(B,) advantages to mean 0, deviation 1: over the buffer, or within each stage label when `stages` (B,) is given."""
     if stages is None:
@@ -347,28 +381,39 @@ def main(args: Args) -> None:
     weight = {"stare": 1 / K if args.shaping_weight < 0 else args.shaping_weight, "sparse": 0.0, "dense": 0.0}[args.reward]
     if weight * (K if args.potential_across_stages == "offset" else 1) > 1 and args.critic_warmup == 0:
         print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device, threads = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), torch.get_num_threads()
     state = load_state(Path(args.output_dir)) if args.resume and args.output_dir else None
     source = state["source"] if state else args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
-    if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())["batch_size"]) != args.batch_size:
-        raise UserError(f"{args.output_dir} was begun with num_envs * num_steps = {begun}, not {args.batch_size}: resume with the same")
-    model, processor, folder = load_policy(args.output_dir if state else source, device)
+    if state:
+        begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
+        for name, flags in (("batch_size", "num_envs * num_steps"), ("lora_rank", "--lora-rank")):
+            if begun[name] != getattr(args, name):
+                raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
+    # LoRA goes on from the first policy and its adapter: what a checkpoint holds is merged
+    model, processor, folder = load_policy(args.output_dir if state and not args.lora_rank else source, device)
     stats = task_stats(model, args.env_id)
+    if args.lora_rank:
+        vla.add_lora(model, args.lora_rank)
+    sft_folder, separator = load_separator(folder, device) if args.stage_source == "learned" else (None, None)
+    sft_model = separator and load_policy(sft_folder, device)[0]
+    reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0]  # without its adapter LoRA's model is the first
     active = ~vla.constant_dims(stats["action"])
     seed_everything(args.seed)
     stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_ppo")
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        [{"params": model.parameters(), "lr": args.learning_rate}, {"params": value_head.parameters(), "lr": args.value_learning_rate}],
+        [{"params": params, "lr": args.learning_rate}, {"params": value_head.parameters(), "lr": args.value_learning_rate}],
         betas=(0.9, 0.95), weight_decay=0.0, fused=True,
     )  # fmt: skip
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    iteration, recent = 0, []  # recent: (success, unshaped return, length, furthest stage) of the last counted episodes
+    iteration, recent, first, warned = 0, [], {}, set()  # recent: what is logged about the last counted episodes, a dict each
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
-        iteration, recent, start = state["iteration"], state["recent"], start - state["wall_s"]
+        value_head.load_state_dict(load_file(Path(args.output_dir) / "checkpoint" / "value_head.safetensors"))
+        model.load_state_dict(state["adapter"], strict=False)
+        iteration, recent, first, start = state["iteration"], state["recent"], state["first"], start - state["wall_s"]
     print(f"{args.num_iterations} updates of {args.batch_size} steps in {args.num_minibatches} minibatches of {args.minibatch_size}; start: {source}")
 
     envs = make_envs(
@@ -380,18 +425,41 @@ def main(args: Args) -> None:
         return processor(obs["rgb"], [task.instruction] * len(obs["rgb"]), obs["proprio"], stats.get("proprio"), device)
 
     @torch.no_grad()
+    def stage_of(obs: dict, info: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage (N,) and Phi (N,) of states: by the rules, or as the learned separator sees them, step by step."""
+        if separator is None:
+            return info["stage"].to(device), info["potential"].to(device)
+        hidden = sft_model(**policy_inputs(obs), logits_to_keep=1).last_hidden_state[:, -1]
+        stage = separator(hidden.float())[:, :K].argmax(-1)
+        return stage, stage.float()
+
+    @torch.no_grad()
     def value_of(obs: dict) -> torch.Tensor:
         """V (N,) of observations, from a pass over the prompt alone."""
         return value_head(model(**policy_inputs(obs), logits_to_keep=1).last_hidden_state[:, -1])
 
+    def forward(policy, mb: torch.Tensor):
+        """What action_logprob returns for the steps mb (B,) of the roll-out."""
+        return action_logprob(policy, policy_inputs({name: value[mb] for name, value in b_obs.items()}), b_bins[mb.to(device)], active)
+
+    def log_evaluation(global_step: int) -> None:
+        if args.num_eval_episodes:
+            begin = time.time()
+            result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
+            scalars = {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
+            for key, value in {**scalars, "time/eval": time.time() - begin}.items():
+                writer.add_scalar(key, value, global_step)
+            print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
+
     # ALGO LOGIC: storage, (T, N, ...)
     T, N, A = args.num_steps, args.num_envs, len(active)
     next_obs, next_info = envs.reset(seed=args.seed)
-    episode_return, counts = torch.zeros(N), torch.zeros(N)
+    counts, lengths = torch.zeros(N), torch.tensor([stage.length for stage in task.stage_table])
+    so_far = {"returns": torch.zeros(N, 2), "steps": torch.zeros(N, K), "costs": torch.zeros(N, K)}  # of each env's present episode
     obs = {name: torch.zeros(T, *value.shape, dtype=value.dtype) for name, value in next_obs.items()}
     bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
     stages = torch.zeros(T, N, dtype=torch.long, device=device)
-    logprobs, env_rewards, potentials, next_potentials, values, final_values = (torch.zeros(T, N, device=device) for _ in range(6))
+    logprobs, env_rewards, rewards, potentials, next_potentials, values, final_values = (torch.zeros(T, N, device=device) for _ in range(7))
     terminated, done = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(2))
 
     progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step", disable=None)
@@ -401,42 +469,58 @@ def main(args: Args) -> None:
         if iteration % fresh == 0:
             next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + iteration * N) % (stare_utils.TRAIN_SEEDS - N))
             # Only the first `whole` episodes of each env count in the statistics: another one fits into the roll-out only after a quick success
-            episode_return, counts = torch.zeros(N), torch.full((N,), whole)
+            counts = torch.full((N,), whole)
+            for sums in so_far.values():
+                sums.zero_()
+        stage, phi = stage_of(next_obs, next_info)
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * (1 - iteration / args.num_iterations if args.anneal_lr else 1)
         if iteration < args.critic_warmup:
             optimizer.param_groups[0]["lr"] = 0.0  # the VLA stands still while Adam's second moments fill
 
-        # TRY NOT TO MODIFY: roll-out
+        # TRY NOT TO MODIFY: roll-out, in one torch thread: the env processes are the parallelism
         time_rollout = time.time()
+        torch.set_num_threads(1)
         for t in range(T):
             for name, value in next_obs.items():
                 obs[name][t] = value
             # STARE: the stage of the state acted in, and its Phi
-            stages[t], potentials[t] = next_info["stage"].to(device), next_info["potential"].to(device)
+            stages[t], potentials[t] = stage, phi
+            member = nn.functional.one_hot(next_info["stage"].cpu(), K + 1)[:, :K]  # (N, K), by the rules
+            so_far["steps"] += member
+            so_far["costs"] += member * (next_info["stage_distance"].cpu()[:, None] / lengths)
             bins[t], logprobs[t], hidden = sample_action(model, policy_inputs(next_obs), active)
             with torch.no_grad():
                 values[t] = value_head(hidden)
             next_obs, reward, term, trunc, next_info = envs.step(vla.detokenize_actions(bins[t], stats["action"], model.config.n_action_bins))
             env_rewards[t], terminated[t], done[t] = reward.to(device), term.to(device), (term | trunc).to(device)
-            # STARE: Phi of the true next state. At an episode's end `next_info` is already the new episode's
-            next_potentials[t] = next_info["potential"].to(device)
-            episode_return += reward.cpu()
-            if next_info["_final_info"].any():
-                ended, final = next_info["_final_info"].cpu(), next_info["final_info"]
-                next_potentials[t, ended] = final["potential"].to(device)[ended]
-                final_values[t, ended] = value_of({name: value[ended] for name, value in next_info["final_obs"].items()})
-                for i in (ended & (counts > 0)).nonzero()[:, 0].tolist():
-                    furthest = int(final["furthest_stage"][i])
-                    recent.append([float(furthest == K), float(episode_return[i]), float(final["elapsed_steps"][i]), furthest])
-                episode_return[ended], counts[ended] = 0, counts[ended] - 1
+            stage, phi = stage_of(next_obs, next_info)
+            next_potentials[t] = phi
+            if (ended := next_info["_final_info"]).any():
+                # STARE: Phi of the true next state. At an episode's end `next_info` is already the new episode's
+                final, final_obs = next_info["final_info"], next_info["final_obs"]
+                next_potentials[t, ended] = stage_of(final_obs, final)[1][ended]
+                final_values[t, ended] = value_of({name: value[ended] for name, value in final_obs.items()})
+            # STARE: the stage reward enters here; w = 0 leaves plain PPO
+            rewards[t] = shape_rewards(env_rewards[t], potentials[t], next_potentials[t], terminated[t], args.gamma, weight) if weight else env_rewards[t]
+            so_far["returns"] += torch.stack([env_rewards[t], rewards[t]], -1).cpu()
+            for i in ended.nonzero()[:, 0].tolist():
+                if counts[i] > 0:
+                    furthest, costs = int(final["furthest_stage"][i]), so_far["costs"][i] / so_far["steps"][i]  # NaN: the stage was never entered
+                    row = {"success_once": furthest == K, "success_at_end": bool(final["success"][i]), "episodic_return": so_far["returns"][i, 0],
+                           "shaped_return": so_far["returns"][i, 1], "episodic_length": final["elapsed_steps"][i], "furthest_stage": furthest}
+                    recent.append({f"charts/{key}": float(value) for key, value in row.items()})
+                    for k, name in enumerate(task.stages):
+                        numbers = {"reached": furthest > k, "steps": so_far["steps"][i, k], "cost": costs[k]}
+                        recent[-1] |= {f"stage/{k}_{name}_{key}": float(value) for key, value in numbers.items()}
+                counts[i] -= 1
+                for sums in so_far.values():
+                    sums[i] = 0
         recent = recent[-max(100, N * whole) :]  # they stand in the order in which they ended: the end of a large roll-out is its slow ones
         # V of the true next state: the next row's value, the bootstrap after the last row; at an episode's end V of its final observation
         next_values = torch.where(done, final_values, torch.cat([values[1:], value_of(next_obs)[None]]))
-
-        # STARE: the stage reward enters here; w = 0 leaves plain PPO
-        rewards = shape_rewards(env_rewards, potentials, next_potentials, terminated, args.gamma, weight) if weight else env_rewards
         advantages, returns = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
+        torch.set_num_threads(threads)
         time_update = time.time()
 
         # flatten the batch
@@ -445,13 +529,16 @@ def main(args: Args) -> None:
         # STARE: --stage-advantage normalises within the stage in which the action was taken
         b_advantages = normalize(advantages.flatten(), b_stages if args.stage_advantage else None)
 
+        if args.kl_coef:
+            with torch.no_grad(), vla.lora_off(reference):
+                b_ref_logprobs = torch.cat([forward(reference, mb)[0] for mb in torch.arange(args.batch_size).split(args.minibatch_size)])
+
         # Optimizing the policy and value network
         history = []  # a row per minibatch
         for _ in range(args.update_epochs):
             for mb in torch.randperm(args.batch_size).split(args.minibatch_size):
-                inputs = policy_inputs({name: value[mb] for name, value in b_obs.items()})
+                newlogprob, entropy, hidden, _ = forward(model, mb)
                 mb_idx = mb.to(device)
-                newlogprob, entropy, hidden, _ = action_logprob(model, inputs, b_bins[mb_idx], active)
                 newvalue = value_head(hidden)
                 logratio = newlogprob - b_logprobs[mb_idx]
                 ratio = logratio.exp()  # (B,): one ratio per action
@@ -462,16 +549,21 @@ def main(args: Args) -> None:
                 pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
                 # Value loss
                 v_loss = 0.5 * (newvalue - b_returns[mb_idx]).square().mean()
-                loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
+                # KL(pi || pi_ref), the estimate that is unbiased and never negative: http://joschu.net/blog/kl-approx.html
+                kl_loss = torch.zeros((), device=device)
+                if args.kl_coef:
+                    ref_logratio = b_ref_logprobs[mb_idx] - newlogprob
+                    kl_loss = (ref_logratio.exp() - 1 - ref_logratio).mean()
+                loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * kl_loss
                 optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_([*model.parameters(), *value_head.parameters()], args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_([*params, *value_head.parameters()], args.max_grad_norm)
                 optimizer.step()
-                with torch.no_grad():  # http://joschu.net/blog/kl-approx.html: the second is unbiased and never negative
+                with torch.no_grad():
                     history.append({
                         "policy_loss": pg_loss.detach(), "value_loss": v_loss.detach(), "entropy": entropy.mean(), "old_approx_kl": (-logratio).mean(),
                         "approx_kl": (ratio - 1 - logratio).mean(), "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(), "grad_norm": grad_norm,
-                        "ratio": ratio.mean(), "largest_logratio": logratio.abs().max(),
+                        "ratio": ratio.mean(), "largest_logratio": logratio.abs().max(), "kl_to_start": kl_loss.detach(),
                     })  # fmt: skip
             if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
                 break
@@ -482,24 +574,23 @@ def main(args: Args) -> None:
 
         # TRY NOT TO MODIFY: record, means over the update's minibatches
         global_step = iteration * args.batch_size
-        names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
+        names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm", "kl_to_start")
         scalars = {f"losses/{name}": torch.stack([row[name] for row in history]).mean().item() for name in names}
         now = time.time()
         scalars |= {
             "losses/first_ratio": history[0]["ratio"].item(), "losses/rollout_update_logprob_gap": history[0]["largest_logratio"].item(),
             "losses/explained_variance": 1 - ((returns - values).var() / returns.var().clamp(min=1e-8)).item(), "losses/advantage_std": advantages.std().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / (now - time_rollout),
-            "charts/shaped_reward": rewards.mean().item(), "time/rollout": time_update - time_rollout, "time/update": now - time_update,
+            "time/rollout": time_update - time_rollout, "time/update": now - time_update, "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
         }  # fmt: skip
-        if recent:
-            success, episodic_return, length, furthest = np.mean(recent, 0)
-            scalars |= {"charts/success_once": success, "charts/episodic_return": episodic_return, "charts/episodic_length": length,
-                        "charts/furthest_stage": furthest}  # fmt: skip
-            scalars |= {f"stage/{k}_{name}_completed": float(np.mean([row[3] > k for row in recent])) for k, name in enumerate(task.stages)}
+        for key in recent[0] if recent else ():
+            known = [row[key] for row in recent if not math.isnan(row[key])]
+            scalars |= {key: float(np.mean(known))} if known else {}
+        first = first or scalars
+        for line in set(ppo_symptoms(first, scalars)) - warned:
+            print(f"warning: {line}")
+            warned.add(line)
         progress.update(args.batch_size)
-        if args.eval_freq and iteration % args.eval_freq == 0 and args.num_eval_episodes and iteration < args.num_iterations:
-            result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
-            scalars |= {"eval/success_once": result["success_once"], "eval/success_at_end": result["success_at_end"]}
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)
         print(f"step {global_step}: success {scalars.get('charts/success_once', np.nan):.2f} length {scalars.get('charts/episodic_length', np.nan):.1f} "
@@ -508,17 +599,16 @@ def main(args: Args) -> None:
         if iteration % save_freq == 0 or iteration == args.num_iterations:
             wall = time.time() - start
             method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
-            state = {"optimizer": optimizer.state_dict(), "iteration": iteration, "recent": recent, "source": str(source), "wall_s": wall}
+            adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
+            state = {"optimizer": optimizer.state_dict(), "adapter": adapter, "iteration": iteration, "recent": recent, "first": first,
+                     "source": str(source), "wall_s": wall}  # fmt: skip
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
             save_checkpoint(output, model, processor, info, state, {"value_head": value_head})
+        if args.eval_freq and iteration % args.eval_freq == 0 and iteration < args.num_iterations:
+            log_evaluation(global_step)
     progress.close()
     envs.close()
-
-    if args.num_eval_episodes:
-        result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
-        for key in ("success_once", "success_at_end"):
-            writer.add_scalar(f"eval/{key}", result[key], iteration * args.batch_size)
-        print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
+    log_evaluation(iteration * args.batch_size)
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
 

@@ -2,6 +2,8 @@
 
     python sta_tpo.py --env-id PickCube-v1                    # from the newest sft.py run of this env, else the shipped checkpoint
     python sta_tpo.py --env-id PickCube-v1 --no-stage-aware   # plain TPO: whole trajectories, the ablation
+    python sta_tpo.py --env-id PickCube-v1 --output-dir RUN --export-pairs DIR                           # clips for a person to judge ...
+    python sta_tpo.py --env-id PickCube-v1 --output-dir RUN --resume --preferences DIR/pairs.jsonl       # ... and training on the verdicts
 
   q(tau_k)  = mean over the steps of segment k of [ log pi(a_t|s_t) - log pi_ref(a_t|s_t) ]
   q^(tau_k) = q(tau_k) - lambda * l_k(tau_k)                      l_k: mean stage distance / L_k
@@ -24,12 +26,13 @@ from pathlib import Path
 from typing import Literal
 
 import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
+import imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -37,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
-from stare_utils import TRAIN_SEEDS, UserError, make_envs, segment_stages, stage_costs
+from stare_utils import TRAIN_SEEDS, UserError, decode_stages, make_envs, segment_stages, stage_costs
 
 
 @dataclass
@@ -69,6 +72,13 @@ class Args:
 
     stage_aware: bool = True
     """pairs and q per stage (STA-TPO); off: one pair per two trajectories, whole-trajectory q (plain TPO)"""
+    stage_source: Literal["rules", "learned"] = "rules"
+    """rules read the simulator's state; learned is the separator that sft.py trained on the SFT policy's features, decoded by Viterbi: no state, no
+    distances, so pairs by completion alone"""
+    export_pairs: str = ""
+    """folder: write the pairs there as clips, left beside right, and pairs.jsonl with "preferred": null for a person to fill in, and stop"""
+    preferences: str = ""
+    """pairs.jsonl in which a person wrote "left", "right" or "tie": train on these instead (of the same run: --resume --output-dir)"""
     tpo_reduction: Literal["mean", "sum"] = "mean"
     """q is the mean over a segment's steps (the notes on the paper) or the sum (GRAPE); with sum choose a smaller beta"""
     beta: float = 5.0
@@ -82,6 +92,8 @@ class Args:
     max_pairs_per_stage: int = 6
     """at most this many pairs per initial state and stage, completions first, so that easy stages do not drown the others"""
 
+    lora_rank: int = 0
+    """0 trains all weights; else LoRA matrices of this rank on all linear layers, merged into the checkpoints that are written"""
     learning_rate: float = 5e-5
     """AdamW, constant"""
     max_grad_norm: float = 1.0
@@ -204,6 +216,21 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
+def load_separator(folder: Path, device: torch.device):
+    """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
+    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none."""
+    first = folder
+    while not (folder / "separator.safetensors").exists():
+        try:
+            folder = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"no learned separator behind {first}: sft.py trains one on demonstrations that it makes itself") from None
+    weights = load_file(folder / "separator.safetensors", device=str(device))
+    separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
+    separator.load_state_dict(weights)
+    return folder, separator
+
+
 def task_stats(model, env_id: str) -> dict:
     """The normalisation statistics (`action`, `proprio`) of a task. Raises UserError when the checkpoint was trained on others."""
     if env_id not in model.config.norm_stats:
@@ -311,8 +338,7 @@ def build_stage_pairs(
 def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats: dict, args: Args) -> list[Path]:
     """Samples `rollouts_per_state` episodes from each initial state and writes each as an .npz of its own, so that a stopped run goes on
     where it was. Envs take the next episode as soon as they are free. Returns the files."""
-    rng = np.random.default_rng(args.seed)
-    states = rng.choice(TRAIN_SEEDS, args.num_initial_states, replace=False)
+    states = np.random.default_rng(args.seed).choice(TRAIN_SEEDS, args.num_initial_states, replace=False)
     folder.mkdir(exist_ok=True)
     jobs = [(int(s), r) for s in states for r in range(args.rollouts_per_state)]
     files = [folder / f"{s}_{r}.npz" for s, r in jobs]
@@ -321,6 +347,8 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
         return files
     progress = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="roll-outs", unit="episode", disable=None)
     device, N = next(model.parameters()).device, min(args.num_envs, len(todo))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the env processes are the parallelism
     envs = make_envs(args.env_id, N, 0)  # CPU physics: GPU simulation seeds a batch as a whole and cannot repeat one initial state
     lengths = torch.tensor([stage.length for stage in envs.task.stage_table] + [1.0])
     queue = iter(todo)
@@ -350,6 +378,7 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
         obs, info = next_obs, next_info
     progress.close()
     envs.close()
+    torch.set_num_threads(threads)
     return files
 
 
@@ -363,16 +392,81 @@ def read_rollouts(files: list[Path]) -> list[dict]:
     return rollouts
 
 
+def segment_rows(rollout: dict, stage: int, num_stages: int, stage_aware: bool) -> torch.Tensor:
+    """The steps of a roll-out's segment, in order; of the whole roll-out where trajectories are not cut into stages."""
+    segment = segment_stages(rollout["stage"], num_stages) if stage_aware else torch.zeros_like(rollout["stage"])
+    return (segment == stage).nonzero()[:, 0]
+
+
+def export_pairs(folder: Path, pairs: list[dict], rollouts: list[dict], names: list[str], task, args: Args) -> None:
+    """Writes a clip per pair, its two segments side by side in random order (the shorter one waits), and pairs.jsonl: a line per pair with
+    `clip`, `stage`, `stage_name`, `instruction`, `left` and `right` (roll-outs), `left_steps`, `right_steps` [first, last] and `preferred` null."""
+    if any(make_folder(folder).iterdir()):
+        raise UserError(f"{folder} is not empty: choose another --export-pairs")
+    lines, rng = [], random.Random(args.seed)
+    for p, pair in enumerate(tqdm(pairs, desc="clips", unit="pair", disable=None)):
+        name = task.stages[pair["stage"]] if args.stage_aware else "trajectory"
+        films, row = [], {"clip": f"pair_{p:04d}.mp4", "stage": pair["stage"], "stage_name": name, "instruction": task.instruction}
+        for side, i in zip(("left", "right"), rng.sample([pair["chosen"], pair["rejected"]], 2), strict=True):
+            rows = segment_rows(rollouts[i], pair["stage"], len(task.stages), args.stage_aware)
+            row |= {side: names[i], f"{side}_steps": [int(rows[0]), int(rows[-1])]}
+            films.append(np.repeat(np.repeat(rollouts[i]["rgb"][rows].numpy(), 3, 1), 3, 2))  # (T, 3 H, 3 W, 3)
+        gap = np.full((films[0].shape[1], 12, 3), 255, np.uint8)
+        with imageio.get_writer(folder / row["clip"], fps=10, macro_block_size=None) as writer:
+            for t in range(max(map(len, films))):
+                left, right = (film[min(t, len(film) - 1)] for film in films)
+                writer.append_data(np.concatenate([left, gap, right], 1))
+        lines.append(json.dumps({**row, "preferred": None}))
+    write_text(folder / "pairs.jsonl", "\n".join(lines) + "\n")
+
+
+def read_preferences(path: Path, rollouts: list[dict], names: list[str], num_stages: int, stage_aware: bool) -> list[dict]:
+    """Pairs that a person has judged, as build_stage_pairs returns them (reason "human"). A tie is a pair in either order: their gradients cancel
+    where both are equally likely. Raises UserError that names the line when one cannot be read, and when none is filled in."""
+    index, pairs, filled = {name: i for i, name in enumerate(names)}, [], 0
+    try:
+        lines = [(n, line) for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    for n, line in lines:
+        try:
+            row = json.loads(line)
+            stage, verdict, sides = row["stage"], row["preferred"], [index[row[side]] for side in ("left", "right")]
+            steps = [segment_rows(rollouts[i], stage, num_stages, stage_aware).tolist() for i in sides]
+            same = [[rows[0], rows[-1]] for rows in steps] == [row["left_steps"], row["right_steps"]]
+        except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+            raise UserError(f"{path} line {n} cannot be read: {type(error).__name__} {error}; it must name two roll-outs of this run and a stage") from None
+        if not same or len({rollouts[i]["init_seed"] for i in sides}) > 1:
+            raise UserError(f"{path} line {n} is not a pair of this run: train with the flags and the --output-dir of --export-pairs")
+        if verdict not in ("left", "right", "tie", None):
+            raise UserError(f'{path} line {n}: "preferred" is {verdict!r}, not "left", "right", "tie" or null')
+        filled += verdict is not None
+        costs = [float(rollouts[i]["distance"][rows].double().mean()) for i, rows in zip(sides, steps, strict=True)]
+        for a, b in {"left": [(0, 1)], "right": [(1, 0)], "tie": [(0, 1), (1, 0)], None: []}[verdict]:
+            pairs.append({"stage": stage, "chosen": sides[a], "rejected": sides[b], "reason": "human", "cost_chosen": costs[a], "cost_rejected": costs[b]})
+    if not pairs:
+        raise UserError(f'{path} has no verdict yet: write "left", "right" or "tie" behind "preferred"')
+    print(f"{filled} of {len(lines)} lines of {path} are filled in")
+    return pairs
+
+
+def tpo_symptoms(first: dict, now: dict) -> list[str]:
+    """Lines that name what is wrong, from the logged scalars of the run's first update and of the present one."""
+    if now["logps/chosen"] < first["logps/chosen"] - 1 and now["rewards/margins"] > first["rewards/margins"]:
+        return ["logps/chosen falls while the margin grows: both sides are pushed down, the rejected one more; lower --learning-rate or raise --beta"]
+    return []
+
+
 def print_pairs(pairs: list[dict], rollouts: list[dict], stages: tuple[str, ...]) -> None:
     """How many pairs each stage has and why; the gap of the entry distance shows how far the start states of later segments differ."""
     print(f"{len(rollouts)} roll-outs, {np.mean([r['success'] for r in rollouts]):.3f} successful, {sum(len(r['stage']) for r in rollouts)} env steps")
-    print("stage           pairs   completed   cost   entry gap (L_k)")
+    print("stage           pairs   completed   cost   human   entry gap (L_k)")
     for k, name in enumerate(stages):
         mine = [pair for pair in pairs if pair["stage"] == k]
-        entry = lambda i, k=k: rollouts[i]["distance"][segment_stages(rollouts[i]["stage"], len(stages)) == k][:1]  # noqa: E731
-        gaps = [float((entry(pair["chosen"]) - entry(pair["rejected"])).abs().sum()) for pair in mine]
-        completed = sum(pair["reason"] == "completed" for pair in mine)
-        print(f"{name:15s} {len(mine):5d} {completed:11d} {len(mine) - completed:6d} {np.mean(gaps) if gaps else 0:17.2f}")
+        entry = lambda i, k=k: rollouts[i]["distance"][segment_rows(rollouts[i], k, len(stages), len(stages) > 1)[0]]  # noqa: E731
+        gaps = [float((entry(pair["chosen"]) - entry(pair["rejected"])).abs()) for pair in mine]
+        completed, cost, human = (sum(pair["reason"] == reason for pair in mine) for reason in ("completed", "cost", "human"))
+        print(f"{name:15s} {len(mine):5d} {completed:11d} {cost:6d} {human:7d} {np.mean(gaps) if gaps else 0:17.2f}")
 
 
 def main(args: Args) -> None:
@@ -388,11 +482,16 @@ def main(args: Args) -> None:
         raise UserError(f"--rollouts-per-state must be at least 2 to make pairs, not {args.rollouts_per_state}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     record = Path(args.output_dir) / "source.txt"  # roll-outs and reference belong to one policy: a resumed run keeps it
-    recorded = record.read_text() if args.resume and args.output_dir and record.exists() else ""
+    resume = args.resume and args.output_dir
+    recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir)) if resume else None
     if recorded and args.checkpoint and Path(recorded) != load_policy(args.checkpoint, device)[2]:
         raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {args.checkpoint}: choose another --output-dir")
+    if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text()).get("lora_rank", 0)) != args.lora_rank:
+        raise UserError(f"{args.output_dir} was begun with --lora-rank = {begun}, not {args.lora_rank}: resume with the same")
     source = recorded or args.checkpoint or find_checkpoint(args.env_id, ("sft",))
     model, processor, source = load_policy(source, device)
+    sft_folder, separator = load_separator(source, device) if args.stage_source == "learned" else (source, None)
+    sft_model = model if sft_folder == source else load_policy(sft_folder, device)[0]
     stats = task_stats(model, args.env_id)
     active = ~vla.constant_dims(stats["action"])
     seed_everything(args.seed)
@@ -400,48 +499,77 @@ def main(args: Args) -> None:
     output, writer = open_run(args, "sta_tpo")
     write_text(output / "source.txt", str(source))
 
+    def policy_inputs(obs: dict, steps: torch.Tensor) -> dict:
+        """The model's inputs at these steps (B,) of observations."""
+        return processor(obs["rgb"][steps], [task.instruction] * len(steps), obs["proprio"][steps], stats.get("proprio"), device)
+
     # Roll-outs of the reference policy, and pairs
-    rollouts = read_rollouts(collect_rollouts(output / "rollouts", model, processor, active, stats, args))
+    time_rollout = time.time()
+    files = collect_rollouts(output / "rollouts", model, processor, active, stats, args)
+    rollouts, names = read_rollouts(files), [file.stem for file in files]
+    time_rollout = time.time() - time_rollout
     env_steps = sum(len(rollout["stage"]) for rollout in rollouts)
-    stages = task.stages if args.stage_aware else ("trajectory",)
-    K = len(task.stages)
+    stages, K = task.stages if args.stage_aware else ("trajectory",), len(task.stages)
+    if separator is not None:  # STARE: the learned separator's segments; it knows no distances
+        with torch.no_grad():
+            for rollout in tqdm(rollouts, desc="separator", unit="roll-out", disable=None):
+                inputs = policy_inputs(rollout, torch.arange(len(rollout["stage"])))
+                hidden = sft_model(**inputs, logits_to_keep=1).last_hidden_state[:, -1]
+                rollout["stage"] = decode_stages(separator(hidden.float())[:, :K].log_softmax(-1).cpu())
+                rollout["distance"] = torch.zeros(len(rollout["stage"]))
     # STARE: pairs per stage, of roll-outs that both finished the stage before
     pairs = build_stage_pairs(rollouts, K, args.cost_margin, args.max_pairs_per_stage, args.stage_aware)
+    if args.preferences:
+        pairs = read_preferences(Path(args.preferences), rollouts, names, K, args.stage_aware)
     if not pairs:
         raise UserError("no pair: all roll-outs ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a better policy")
     print_pairs(pairs, rollouts, stages)
+    if args.export_pairs:
+        export_pairs(Path(args.export_pairs), pairs, rollouts, names, task, args)
+        print(f"wrote {len(pairs)} clips; fill in {args.export_pairs}/pairs.jsonl, then go on with: python sta_tpo.py --env-id {args.env_id} "
+              f"--output-dir {output} --resume --preferences {args.export_pairs}/pairs.jsonl")  # fmt: skip
+        return writer.close()
+    # What the roll-outs say about each stage, logged once: share that completed it, mean steps, mean cost of those that entered it
+    for k, name in enumerate(task.stages):
+        rows = [segment_rows(rollout, k, K, True) for rollout in rollouts]
+        completed = [rollout["success"] or segment_stages(rollout["stage"], K).max() > k for rollout in rollouts]
+        costs = [float(rollout["distance"][r].mean()) for rollout, r in zip(rollouts, rows, strict=True) if len(r)]
+        for key, value in {"reached": np.mean(completed), "steps": np.mean([len(r) for r in rows]), "cost": np.mean(costs or math.nan)}.items():
+            writer.add_scalar(f"stage/{k}_{name}_{key}", value, 0)
 
     # Steps of the pairs in one flat list; `where[rollout, stage]` are the places of a segment's steps in it
     where, flat, used = {}, {name: [] for name in ("rgb", "proprio", "bins")}, 0
     for i, k in sorted({(pair[side], pair["stage"]) for pair in pairs for side in ("chosen", "rejected")}):
-        segment = segment_stages(rollouts[i]["stage"], K) if args.stage_aware else torch.zeros_like(rollouts[i]["stage"])
-        rows = (segment == k).nonzero()[:, 0]
+        rows = segment_rows(rollouts[i], k, K, args.stage_aware)
         where[i, k] = torch.arange(used, used + len(rows))
         used += len(rows)
         for name, values in flat.items():
             values.append(rollouts[i][name][rows])
-    rgb, proprio, bins = (torch.cat(values) for values in flat.values())
-    del rollouts, flat
+    flat = {name: torch.cat(values) for name, values in flat.items()}
+    del rollouts
 
     def logprobs(steps: torch.Tensor) -> torch.Tensor:
         """Log-probability (B,) fp32 of the actions taken at these steps (B,)."""
-        inputs = processor(rgb[steps], [task.instruction] * len(steps), proprio[steps], stats.get("proprio"), device)
-        return action_logprob(model, inputs, bins[steps].to(device), active)[0]
+        return action_logprob(model, policy_inputs(flat, steps), flat["bins"][steps].to(device), active)[0]
 
     with torch.no_grad():  # the reference is the policy before its first step
         ref_logprobs = torch.cat([logprobs(steps).cpu() for steps in tqdm(torch.arange(used).split(args.chunk_size), desc="reference", disable=None)])
-    state = load_state(output) if args.resume else None
-    if state:
+    if state and not args.lora_rank:
         model, processor, _ = load_policy(str(output), device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    if args.lora_rank:
+        vla.add_lora(model, args.lora_rank)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     updates_per_epoch = math.ceil(len(pairs) / args.batch_size)
-    step = 0
+    step, first, warned = 0, {}, set()
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        step, start = state["step"], start - state["wall_s"]
+        model.load_state_dict(state["adapter"], strict=False)
+        step, first, start = state["step"], state["first"], start - state["wall_s"]
 
     progress = tqdm(total=args.num_epochs * updates_per_epoch, initial=step, desc="sta_tpo", unit="update", disable=None)
     while step < args.num_epochs * updates_per_epoch:
+        time_update = time.time()
         epoch, batch = divmod(step, updates_per_epoch)
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
         mb_pairs = [pairs[p] for p in order[batch * args.batch_size : (batch + 1) * args.batch_size].tolist()]
@@ -467,7 +595,7 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         for steps, w in zip(mb_steps.split(args.chunk_size), weight.split(args.chunk_size), strict=True):
             (w * logprobs(steps)).sum().backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         optimizer.step()
         step += 1
 
@@ -478,6 +606,8 @@ def main(args: Args) -> None:
             "rewards/chosen": chosen_rewards.mean().item(), "rewards/rejected": rejected_rewards.mean().item(), "rewards/margins": margins.mean().item(),
             "rewards/accuracies": (margins > 0).double().mean().item(),
             "logps/chosen": segment_logp[: len(mb_pairs)].mean().item(), "logps/rejected": segment_logp[len(mb_pairs) :].mean().item(),
+            "charts/SPS": len(mb_steps) / (time.time() - time_update), "time/rollout": time_rollout, "time/update": time.time() - time_update,
+            "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
         }  # fmt: skip
         for k, name in enumerate(stages):
             mine = torch.tensor([pair["stage"] == k for pair in mb_pairs])
@@ -485,20 +615,28 @@ def main(args: Args) -> None:
                 scalars[f"stage/{k}_{name}_margin"] = margins[mine].mean().item()
         for key, value in scalars.items():
             writer.add_scalar(key, value, step)
+        first = first or scalars
+        for line in set(tpo_symptoms(first, scalars)) - warned:
+            print(f"warning: {line}")
+            warned.add(line)
         progress.update()
         progress.set_postfix_str(f"loss {scalars['losses/tpo_loss']:.3f} accuracy {scalars['rewards/accuracies']:.2f}")
         if step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch:
             wall = time.time() - start
             method = "STA-TPO" if args.stage_aware else "TPO"
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": env_steps, "wall_s": round(wall, 1)}
-            save_checkpoint(output, model, processor, info, {"optimizer": optimizer.state_dict(), "step": step, "wall_s": wall})
+            adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
+            state = {"optimizer": optimizer.state_dict(), "adapter": adapter, "step": step, "first": first, "wall_s": wall}
+            save_checkpoint(output, model, processor, info, state)
             print(f"update {step}: loss {scalars['losses/tpo_loss']:.4f} margin {scalars['rewards/margins']:+.3f} accuracy {scalars['rewards/accuracies']:.2f}")
     progress.close()
 
     if args.num_eval_episodes:
+        begin = time.time()
         result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs)
-        for key in ("success_once", "success_at_end"):
-            writer.add_scalar(f"eval/{key}", result[key], step)
+        scalars = {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
+        for key, value in {**scalars, "time/eval": time.time() - begin}.items():
+            writer.add_scalar(key, value, step)
         print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")

@@ -3,12 +3,12 @@
 Scripts import this module; it imports none of them, reads no `args`, and holds no loss, advantage or optimiser step.
 Letters: N envs, T steps, K stages, A action dimensions. Units: metres, radians, seconds; world frame. Every stage function reads batched
 tensors, so the same code serves ManiSkill's GPU simulation (one batched env) and the CPU (one process per env).
-
 A task is one entry of `TASKS`: to add one, write a function that reads its state and one `Stage` per stage (docs/tasks.md); nothing else changes.
 """
 import contextlib
 import difflib
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -37,8 +37,7 @@ Tensor = torch.Tensor
 State = dict[str, Tensor]
 Views = tuple[tuple[tuple[float, float, float], tuple[float, float, float], float], ...]
 
-TRAIN_SEEDS = 2**30  # episodes of training draw their seeds below this number ...
-EVAL_SEED = 2**30  # ... and evaluation starts here: the two never meet
+TRAIN_SEEDS = EVAL_SEED = 2**30  # episodes of training draw their seeds below this number, evaluation starts here: the two never meet
 CONTROL_STEP = 0.05  # s per env step of the Panda's tasks (20 Hz control)
 IMAGE_SIZE = 128  # pixels: side of the observation
 OOD_SHIFT, OOD_CAMERA = 0.05, 0.05  # m: how far `--ood position` and `--ood camera` move things
@@ -355,6 +354,17 @@ def segment_stages(stage: Tensor, num_stages: int) -> Tensor:
     stage: (T,) or (T, N) integers in 0..K, time first. Returns the same shape: the segment of each step, monotone in time."""
     return torch.cummax(torch.as_tensor(stage), 0).values.clamp(max=num_stages - 1)
 
+def decode_stages(logprobs: Tensor) -> Tensor:
+    """The most likely segments: of all (T,) labels that never fall those of the largest sum of logprobs (T, K), a learned separator's (Viterbi 1967)."""
+    score, before = logprobs[0], []
+    for row in logprobs[1:]:
+        best, came_from = torch.cummax(score, 0)  # over the stages up to this one
+        score, before = best + row, [*before, came_from]
+    path = [score.argmax()]
+    for came_from in reversed(before):
+        path.append(came_from[path[-1]])
+    return torch.stack(path[::-1])
+
 def stage_costs(distance: Tensor, segment: Tensor, num_stages: int) -> Tensor:
     """l_k: mean distance over the steps of segment k. distance, segment: (T,). Returns (K,) float, NaN for stages never entered."""
     member = torch.nn.functional.one_hot(torch.as_tensor(segment).long(), num_stages).to(torch.as_tensor(distance).dtype)  # (T, K)
@@ -565,8 +575,8 @@ class ProcessEnv(gym.Env):
         self.index, self.env = index, StageEnv(env_id, 1, "cpu", seed, **kwargs)
         obs, _ = self.env.reset()
         self.env.next_seed = [seed]
-        low_high = {"rgb": (0, 255), "proprio": (-np.inf, np.inf)}
-        self.observation_space = gym.spaces.Dict({name: gym.spaces.Box(*low_high[name], x.shape[1:], x.numpy().dtype.type) for name, x in obs.items()})
+        span = {"rgb": (0, 255), "proprio": (-np.inf, np.inf)}
+        self.observation_space = gym.spaces.Dict({name: gym.spaces.Box(*span[name], x.shape[1:], x.numpy().dtype.type) for name, x in obs.items()})
         self.action_space = self.env.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -587,8 +597,8 @@ class ProcessEnv(gym.Env):
 
     @classmethod
     def first(cls, batch: dict) -> dict:
-        rename = {"final_obs": "ended_obs"}  # gymnasium would leave that one unbatched
-        return {rename.get(name, name): cls.first(x) if isinstance(x, dict) else x[0].numpy() for name, x in batch.items() if name != "_final_info"}
+        return {name.replace("final_obs", "ended_obs"): cls.first(x) if isinstance(x, dict) else x[0].numpy()  # gymnasium leaves "final_obs" unbatched
+                for name, x in batch.items() if name != "_final_info"}  # fmt: skip
 
 
 class StageVectorEnv:
@@ -597,9 +607,7 @@ class StageVectorEnv:
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs):
         # Processes are forked from a clean server that has imported what they need once. It must also import the running
         # script's heavy modules, because each process imports the script again.
-        from multiprocessing import set_forkserver_preload
-
-        set_forkserver_preload(["stare_utils", "mani_skill.envs", "tyro", "tqdm", "torch.utils.tensorboard", "vla", "peft", "imageio"])
+        multiprocessing.set_forkserver_preload(["stare_utils", "mani_skill.envs", "tyro", "tqdm", "torch.utils.tensorboard", "vla", "peft", "imageio"])
         self.task, self.num_envs, self.num_stages = get_task(env_id), num_envs, len(get_task(env_id).stages)
         self.envs = gym.vector.AsyncVectorEnv([lambda i=i: ProcessEnv(env_id, i, seed + i, **kwargs) for i in range(num_envs)], context="forkserver",
                                               autoreset_mode=gym.vector.AutoresetMode.DISABLED)  # fmt: skip  StageEnv resets by itself
@@ -677,6 +685,6 @@ class ScriptedExpert:
         self.envs = envs
 
     def act(self, slip: Tensor | None = None) -> Tensor:
-        """Actions for the present states, (N, A), as `envs.step` takes them. Valid after every reset and step: the plan is a function of the
-        state, so an env that was reset starts afresh by itself. slip (N,) long: how many stages off to play; None: the right one."""
+        """Actions (N, A) for the present states, as `envs.step` takes them; a function of the state, so valid after every reset and step.
+        slip (N,) long: how many stages off to play; None: the right one."""
         return self.envs.expert_action(torch.zeros(self.envs.num_envs, dtype=torch.long) if slip is None else slip)

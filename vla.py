@@ -8,11 +8,14 @@ Letters: B batch, L text tokens, P image patches, A action tokens, D hidden widt
 Sequence: `<s>`, P patches, one proprioception token (tiny only), text, action tokens. Action bin b is token id V_text - 1 - b.
 Architecture: openvla/openvla@c8f03f4 (prismatic/extern/hf) and timm's ViT names; written anew.
 """
+import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -300,6 +303,14 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         kept = hidden.last_hidden_state[:, -logits_to_keep:]  # -0: all of them
         return OpenVLAOutput(logits=self.language_model.lm_head(kept), last_hidden_state=kept, past_key_values=hidden.past_key_values)
 
+    def save_pretrained(self, folder, **kwargs) -> None:
+        """As ever, but LoRA matrices (`add_lora`) are merged into what is written: a checkpoint is always a whole model."""
+        state = {name.replace(".base_layer.", "."): value for name, value in self.state_dict().items() if ".lora_" not in name}
+        for name, module in self.named_modules():
+            if isinstance(module, LoraLayer):
+                state[f"{name}.weight"] = state[f"{name}.weight"] + module.get_delta_weight("default")
+        super().save_pretrained(folder, state_dict=state, **kwargs)
+
     def num_prefix(self) -> int:
         """Positions that `forward` inserts after `<s>`: patches and, in the tiny model, proprioception."""
         patches = self.vision_backbone.pos_embed if self.config.vision_widths else self.vision_backbone.featurizer.pos_embed
@@ -308,6 +319,25 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def text_room(self, action_dims: int = 7) -> int:
         """How many tokens an instruction may have: the context without `<s>`, the inserted positions and the action tokens."""
         return self.config.text_config.max_position_embeddings - 1 - self.num_prefix() - action_dims
+
+
+def add_lora(model: OpenVLAForActionPrediction, rank: int) -> None:
+    """Freezes the model and adds trainable low-rank matrices (Hu et al. 2021; scale 1, B = 0 at the start) to every linear layer but the vocabulary's head."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.endswith("lm_head")]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), model)
+
+
+@contextlib.contextmanager
+def lora_off(model: OpenVLAForActionPrediction):
+    """Inside, the model is the one that `add_lora` was called on. Without LoRA nothing changes."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_two_pass_gradient_is_that_of_plain_autograd(reduction, sign, stage_awar
             return super().step(*args)
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: None)
+    monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: [])
     monkeypatch.setattr(sta_tpo, "read_rollouts", lambda folder: list(rollouts))
     call(sta_tpo, "--checkpoint", checkpoint, "--output-dir", tmp_path / "run", "--batch-size", 99, "--chunk-size", 7, "--num-epochs", 2, "--beta", 2,
          "--cost-coef", 0.3, "--max-grad-norm", 1e9, "--learning-rate", 1e-3, "--num-eval-episodes", 0, "--no-cuda", "--tpo-reduction", reduction,

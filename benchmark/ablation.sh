@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# What stage-awareness adds: TPO against STA-TPO, and PPO with sparse, dense and stage reward, all from one SFT checkpoint of each task, at equal budgets.
+#   SEEDS="1 2 3" STEPS=9600 benchmark/ablation.sh [ENV_ID ...]
+# Equal budgets: 9,600 env steps for each PPO; the same 128 roll-outs, at most 24 pairs per initial state and one pass over them for each TPO.
+# Resumable: what has a results.json is left as it is. Then: python benchmark/ablation.py runs/*__ablation
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_WAIT_POLICY=PASSIVE
+PYTHON=${PYTHON:-.venv/bin/python}
+
+run() { echo "$(date -u +%H:%M:%S) $*"; "$PYTHON" "$@"; }
+evaluate() { [ -f "$1/results.json" ] || run eval.py --checkpoint "$1" --num-eval-episodes 200 --num-envs 6; }
+
+for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1}; do
+  SFT=runs/${ENV_ID}__sft__1__ablation
+  [ -f "$SFT/results.json" ] || run sft.py --env-id "$ENV_ID" --output-dir "$SFT" --resume --num-demos 400 --num-updates 1500 --num-eval-episodes 0
+  evaluate "$SFT"
+  COMMON=(--env-id "$ENV_ID" --checkpoint "$SFT" --resume --num-eval-episodes 0)
+  for SEED in ${SEEDS:-1 2 3}; do
+    for METHOD in stare sparse dense; do
+      RUN=runs/${ENV_ID}__ppo_${METHOD}__${SEED}__ablation
+      [ -f "$RUN/results.json" ] || run sta_ppo.py "${COMMON[@]}" --seed "$SEED" --output-dir "$RUN" --reward $METHOD --total-timesteps "${STEPS:-9600}"
+      evaluate "$RUN"
+    done
+  done
+  for SEED in ${SEEDS:-1 2 3}; do
+    STA=runs/${ENV_ID}__sta_tpo__${SEED}__ablation TPO=runs/${ENV_ID}__tpo__${SEED}__ablation
+    STATES=(--seed "$SEED" --num-initial-states 16)
+    [ -f "$STA/results.json" ] || run sta_tpo.py "${COMMON[@]}" "${STATES[@]}" --output-dir "$STA"
+    evaluate "$STA"
+    mkdir -p "$TPO"
+    [ -d "$TPO/rollouts" ] || cp -r "$STA/rollouts" "$STA/source.txt" "$TPO/" # the same roll-outs
+    [ -f "$TPO/results.json" ] || run sta_tpo.py "${COMMON[@]}" "${STATES[@]}" --output-dir "$TPO" --no-stage-aware --max-pairs-per-stage 24
+    evaluate "$TPO"
+  done
+done
