@@ -332,6 +332,13 @@ def compute_gae(
     return advantages, advantages + values
 
 
+def ppo_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """-mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) (Schulman et al. 2017, eq. 7) and the ratio. Both (B,): one ratio per action."""
+    assert logratio.shape == advantages.shape and logratio.ndim == 1, "shapes differ: this would broadcast"
+    ratio = logratio.exp()
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean(), ratio
+
+
 def ppo_symptoms(first: dict, now: dict) -> list[str]:
     """Lines that name what is wrong, from the logged scalars of the run's first update and of the present one."""
     lines = []
@@ -540,13 +547,11 @@ def main(args: Args) -> None:
                 newlogprob, entropy, hidden, _ = forward(model, mb)
                 mb_idx = mb.to(device)
                 newvalue = value_head(hidden)
-                logratio = newlogprob - b_logprobs[mb_idx]
-                ratio = logratio.exp()  # (B,): one ratio per action
-                mb_advantages = b_advantages[mb_idx]
-                assert ratio.shape == mb_advantages.shape == newvalue.shape == b_returns[mb_idx].shape == (args.minibatch_size,)
+                assert newlogprob.shape == newvalue.shape == b_returns[mb_idx].shape == (args.minibatch_size,), "this would broadcast"
 
                 # Policy loss
-                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
+                logratio = newlogprob - b_logprobs[mb_idx]
+                pg_loss, ratio = ppo_loss(logratio, b_advantages[mb_idx], args.clip_coef)
                 # Value loss
                 v_loss = 0.5 * (newvalue - b_returns[mb_idx]).square().mean()
                 # KL(pi || pi_ref), the estimate that is unbiased and never negative: http://joschu.net/blog/kl-approx.html

@@ -431,7 +431,7 @@ def read_preferences(path: Path, rollouts: list[dict], names: list[str], num_sta
     for n, line in lines:
         try:
             row = json.loads(line)
-            stage, verdict, sides = row["stage"], row["preferred"], [index[row[side]] for side in ("left", "right")]
+            stage, verdict, sides = int(row["stage"]), row["preferred"], [index[row[side]] for side in ("left", "right")]
             steps = [segment_rows(rollouts[i], stage, num_stages, stage_aware).tolist() for i in sides]
             same = [[rows[0], rows[-1]] for rows in steps] == [row["left_steps"], row["right_steps"]]
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:

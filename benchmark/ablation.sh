@@ -19,7 +19,8 @@ for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1}; do
   for SEED in ${SEEDS:-1 2 3}; do
     for METHOD in stare sparse dense; do
       RUN=runs/${ENV_ID}__ppo_${METHOD}__${SEED}__ablation
-      [ -f "$RUN/results.json" ] || run sta_ppo.py "${COMMON[@]}" --seed "$SEED" --output-dir "$RUN" --reward $METHOD --total-timesteps "${STEPS:-9600}"
+      [ -f "$RUN/results.json" ] || run sta_ppo.py "${COMMON[@]}" --seed "$SEED" --output-dir "$RUN" --reward $METHOD \
+        --total-timesteps "${STEPS:-9600}" --no-anneal-lr
       evaluate "$RUN"
     done
   done

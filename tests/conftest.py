@@ -126,9 +126,9 @@ def invent_rollouts(init_seeds) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """Run folder with a checkpoint of the tiny model, not trained."""
-    run = tmp_path_factory.mktemp("checkpoint")
-    sft.save_checkpoint(run, *tiny_model(), {"method": "SFT", "seed": 1}, {})
+    """Run folder with a checkpoint of the tiny model and a separator, not trained."""
+    run, model = tmp_path_factory.mktemp("checkpoint"), tiny_model()
+    sft.save_checkpoint(run, *model, {"method": "SFT", "seed": 1}, {}, {"separator": torch.nn.Linear(64, 4)})
     return run
 
 

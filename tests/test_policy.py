@@ -7,6 +7,7 @@ import eval as evaluation
 import sft
 import sta_ppo
 import sta_tpo
+import stare_utils
 import vla
 
 ACTIVE = ~vla.constant_dims(STATS["action"])
@@ -99,6 +100,48 @@ def test_a_checkpoint_gives_identical_actions(checkpoint, tmp_path):
         results.append([vla.detokenize_actions(bins, STATS["action"]), logprob, hidden])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_lora_is_trained_alone_switched_off_and_merged_into_checkpoints(tmp_path):
+    model, processor = tiny_model()
+    inputs, bins = prompt(processor, frames(3)), torch.randint(0, 256, (3, 7))
+    logprob = lambda model: sta_ppo.action_logprob(model, inputs, bins, ACTIVE)[0]  # noqa: E731
+    before, weights = logprob(model), sum(p.numel() for p in model.parameters())
+    vla.add_lora(model, 4)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert torch.equal(logprob(model), before) and all(".lora_" in name for name in trained)
+    assert sum(p.numel() for p in trained.values()) < weights / 10 and not any("lm_head" in name for name in trained)
+    for p in trained.values():
+        p.data += 0.05 * torch.randn_like(p)
+    after = logprob(model)
+    with vla.lora_off(model):
+        assert torch.equal(logprob(model), before)
+    assert (after - before).abs().max() > 0.1 and torch.equal(logprob(model), after)
+    sft.save_checkpoint(tmp_path, model, processor, {}, {})
+    loaded, _, _ = sta_ppo.load_policy(str(tmp_path), torch.device("cpu"))
+    assert torch.allclose(logprob(loaded), after, atol=1e-4) and sum(p.numel() for p in loaded.parameters()) == weights
+
+
+def test_a_separator_is_found_along_the_chain_of_checkpoints(checkpoint, tmp_path):
+    for name, source in (("tpo", checkpoint / "checkpoint"), ("ppo", tmp_path / "tpo/checkpoint")):
+        (tmp_path / name).mkdir()
+        sta_ppo.save_checkpoint(tmp_path / name, *tiny_model(), {"checkpoint": str(source)}, {})
+    folder, separator = sta_ppo.load_separator(tmp_path / "ppo/checkpoint", torch.device("cpu"))
+    assert folder == checkpoint / "checkpoint" and separator.weight.shape == (4, 64) and not separator.weight.requires_grad
+    (tmp_path / "ppo/checkpoint/args.json").write_text("{}")
+    with pytest.raises(stare_utils.UserError, match="no learned separator"):
+        sta_ppo.load_separator(tmp_path / "ppo/checkpoint", torch.device("cpu"))
+
+
+def test_a_separator_is_measured_against_the_rules():
+    """Two episodes of three stages: one read right but for one step and a boundary two steps late, one that never enters what is read."""
+    sure = lambda labels: torch.where(torch.nn.functional.one_hot(torch.tensor(labels), 3) == 1, 0.9, 0.05).log()  # noqa: E731
+    first = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), sure([0, 0, 1, 1, 1, 1, 2, 2]), torch.tensor([False] * 7 + [True])
+    second = torch.tensor([0, 0, 0]), sure([0, 0, 1]), torch.tensor([False] * 3)
+    found = evaluation.compare_separator([first, second], 3)
+    assert found["num_steps"] == 10 and found["causal_accuracy"] == pytest.approx(6 / 10)  # label 3, success, is no stage of the separator
+    assert found["viterbi_accuracy"] == pytest.approx(7 / 10)  # but its segment is the last one
+    assert found["boundary_error"] == pytest.approx((0 + 2) / 2) and found["boundary_missed"] == pytest.approx(1 / 3)
 
 
 def test_a_save_that_dies_keeps_the_checkpoint_before(checkpoint, tmp_path):

@@ -38,9 +38,10 @@ def test_sft_resumes(tmp_path, monkeypatch):
                  "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
 
 
-def test_sta_tpo_resumes(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_sta_tpo_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
     rollouts = invent_rollouts([11, 22])
     monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: [])
     monkeypatch.setattr(sta_tpo, "read_rollouts", lambda folder: list(rollouts))
     check_resume(sta_tpo, monkeypatch, tmp_path, "--checkpoint", checkpoint, "--batch-size", 8, "--num-epochs", 2, "--save-freq", 3,
-                 "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
+                 "--lora-rank", lora_rank, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip

@@ -1,5 +1,6 @@
 """Stages without a simulator: tables, signals, segments, costs, shaping."""
 import math
+from itertools import combinations_with_replacement
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stare_utils
-from stare_utils import Stage, Task, norm, segment_stages, shape_rewards, stage_costs, stage_potential, stage_signals
+from stare_utils import Stage, Task, decode_stages, norm, segment_stages, shape_rewards, stage_costs, stage_potential, stage_signals
 
 K = 4
 FORMS, ACROSS = st.sampled_from(["sigmoid", "linear"]), st.sampled_from(["offset", "bare"])
@@ -122,6 +123,20 @@ def test_segments_are_the_running_maximum_below_k(labels):
 def test_segments_of_a_batch_are_those_of_its_columns(columns):
     batch = segment_stages(torch.tensor(columns).T, K)
     assert torch.equal(batch, torch.stack([segment_stages(torch.tensor(column), K) for column in columns], 1))
+
+
+@given(st.lists(st.lists(st.integers(-9, 0), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_decoded_stages_are_the_best_of_all_paths_that_never_fall(rows):
+    logprobs = torch.tensor(rows, dtype=torch.double)
+    score = lambda path: sum(logprobs[t, k].item() for t, k in enumerate(path))  # noqa: E731
+    path = decode_stages(logprobs).tolist()
+    assert path == sorted(path) and score(path) == max(map(score, combinations_with_replacement(range(3), len(rows))))
+
+
+def test_one_misread_step_does_not_move_a_decoded_boundary():
+    causal = torch.tensor([0, 0, 1, 0, 0, 1, 1, 0, 1, 2, 2])
+    logprobs = torch.where(torch.nn.functional.one_hot(causal, 3) == 1, 0.8, 0.1).log()
+    assert decode_stages(logprobs).tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, K - 1)), min_size=1, max_size=12))

@@ -1,0 +1,98 @@
+"""The losses beside other people's: TorchRL's advantages and clipped loss, TRL's preference loss. A seed each, and random endings and lengths."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value.functional import generalized_advantage_estimate
+from trl import DPOTrainer
+
+import sta_ppo
+import sta_tpo
+
+P, T = 12, 9
+
+
+@pytest.mark.parametrize(("seed", "gamma", "lam"), [(0, 0.97, 0.5), (1, 0.9, 0.95), (2, 1.0, 1.0), (3, 0.99, 0.0)])
+def test_gae_is_torchrl_s(seed, gamma, lam):
+    g = torch.Generator().manual_seed(seed)
+    rewards, values, next_values = (torch.randn(50, 7, generator=g, dtype=torch.double) for _ in range(3))
+    ending = torch.rand(50, 7, generator=g)
+    terminated, done = ending < 0.1, ending < 0.25
+    assert terminated.any() and (done & ~terminated).any()
+    ours = sta_ppo.compute_gae(rewards, values, next_values, terminated, done, gamma, lam)
+    batch_first = [x.T[..., None] for x in (values, next_values, rewards, done, terminated)]
+    theirs = generalized_advantage_estimate(gamma, lam, *batch_first[:3], done=batch_first[3], terminated=batch_first[4])
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b[..., 0].T, atol=2e-6)  # TorchRL's mask rounds gamma to fp32
+
+
+@pytest.mark.parametrize("clip_coef", [0.1, 0.2])
+def test_clipped_loss_and_its_gradient_are_torchrl_s(clip_coef):
+    torch.manual_seed(0)
+    logits, actions, advantages = torch.randn(64, 5, dtype=torch.double), torch.randint(5, (64,)), torch.randn(64, dtype=torch.double)
+    old = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0] + 0.4 * torch.randn(64, dtype=torch.double)
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(torch.nn.Identity(), in_keys=["observation"], out_keys=["logits"]),
+        ProbabilisticTensorDictModule(in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical, return_log_prob=True),
+    )
+    critic = TensorDictModule(lambda x: x[..., :1], in_keys=["observation"], out_keys=["state_value"])
+    oracle = ClipPPOLoss(policy, critic, clip_epsilon=clip_coef, entropy_bonus=False, normalize_advantage=False)
+    theirs_in, ours_in = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    batch = TensorDict({"observation": theirs_in, "action": actions, "advantage": advantages[:, None], "value_target": torch.zeros(64, 1),
+                        policy[-1].log_prob_key: old}, [64])  # fmt: skip
+    theirs = oracle(batch)["loss_objective"]
+    ours, ratio = sta_ppo.ppo_loss(ours_in.log_softmax(-1).gather(-1, actions[:, None])[:, 0] - old, advantages, clip_coef)
+    assert ((ratio - 1).abs() > clip_coef).any() and ((ratio - 1).abs() < clip_coef).any()
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    ours.backward()
+    theirs.backward()
+    assert torch.allclose(ours_in.grad, theirs_in.grad, atol=1e-12) and ours_in.grad.any()
+
+
+def test_clipped_loss_refuses_shapes_that_would_broadcast():
+    with pytest.raises(AssertionError):
+        sta_ppo.ppo_loss(torch.zeros(4, 1), torch.zeros(4), 0.2)
+    with pytest.raises(AssertionError):
+        sta_ppo.ppo_loss(torch.zeros(4, 7), torch.zeros(4, 7), 0.2)
+
+
+def dpo_of_trl(loss_type: str, logprobs: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, beta: float):
+    """TRL's loss on sequences (2P, T), the chosen first, of which the first `lengths` tokens count: its own code, around a model that knows the
+    log-probabilities already. Returns the loss and the metrics that it logs."""
+    mask = torch.arange(T) < lengths[:, None]
+    metrics = {"train": {name: [] for name in ("entropy", "num_tokens", "logits/chosen", "logits/rejected", "mean_token_accuracy", "rewards/chosen",
+                                               "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")}}  # fmt: skip
+    same = lambda x: x  # noqa: E731
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same), aux_loss_enabled=False,
+        ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0], beta=beta,
+        use_weighting=False, _total_train_tokens=0, _tp_size=1, _metrics=metrics,
+    )  # fmt: skip
+    known = SimpleNamespace(log_probs=logprobs * mask, entropy=0 * logprobs, mean_logits=0 * logprobs, is_top1=mask)
+    ref_chosen, ref_rejected = (reference * mask).sum(1).chunk(2)
+    prompted = torch.cat([torch.zeros(2 * P, 1, dtype=torch.long), mask.long()], 1)  # one token of prompt
+    inputs = {"input_ids": torch.zeros_like(prompted), "attention_mask": torch.ones_like(prompted), "completion_mask": prompted,
+              "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}  # fmt: skip
+    return DPOTrainer._compute_loss(trainer, lambda **_: known, inputs, False), metrics["train"]
+
+
+@pytest.mark.parametrize(("reduction", "loss_type"), [("sum", "sigmoid"), ("mean", "sigmoid_norm")])
+def test_preference_loss_and_its_gradient_are_trl_s(reduction, loss_type):
+    """A step is a token: q as a sum is DPO, q as a mean over a segment's steps is its length-normalised form."""
+    torch.manual_seed(1)
+    reference, lengths = -torch.rand(2 * P, T, dtype=torch.double), torch.randint(1, T + 1, (2 * P,))
+    logprobs = [(reference + 0.3 * torch.randn(2 * P, T, generator=torch.Generator().manual_seed(2), dtype=torch.double)).requires_grad_() for _ in range(2)]
+    theirs, metrics = dpo_of_trl(loss_type, logprobs[0], reference, lengths, beta=0.7)
+    q = torch.stack([getattr((logprobs[1] - reference)[i, :length], reduction)() for i, length in enumerate(lengths)])
+    zero = torch.zeros(P, dtype=torch.double)
+    losses, chosen, rejected = sta_tpo.sta_tpo_loss(*q.chunk(2), zero, zero, beta=0.7, cost_coef=0.1)
+    assert losses.mean().item() == pytest.approx(theirs.item(), abs=1e-12)
+    if reduction == "sum":  # TRL logs sums whatever the loss
+        assert chosen.mean().item() == pytest.approx(metrics["rewards/chosen"][0]) and rejected.mean().item() == pytest.approx(metrics["rewards/rejected"][0])
+        assert (chosen - rejected > 0).double().mean().item() == pytest.approx(metrics["rewards/accuracies"][0])
+    theirs.backward()
+    losses.mean().backward()
+    assert torch.allclose(logprobs[0].grad, logprobs[1].grad, atol=1e-12) and logprobs[1].grad.any()

@@ -1,0 +1,153 @@
+"""Human preferences: pairs go out as clips, a person's verdicts come back as pairs. And the lines that name what is wrong with a run."""
+import json
+from pathlib import Path
+
+import imageio.v3
+import pytest
+from conftest import TASK, call, invent_rollouts, scalars
+
+import sta_ppo
+import sta_tpo
+from stare_utils import UserError
+
+ROLLOUTS = invent_rollouts([11, 22])
+NAMES = [f"{rollout['init_seed']}_{i % 4}" for i, rollout in enumerate(ROLLOUTS)]
+K = len(TASK.stages)
+
+
+@pytest.fixture
+def tpo(checkpoint, tmp_path, monkeypatch):
+    """sta_tpo.main on the invented roll-outs, in one run folder."""
+    monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: [Path(f"{name}.npz") for name in NAMES])
+    monkeypatch.setattr(sta_tpo, "read_rollouts", lambda folder: list(ROLLOUTS))
+
+    def run(*args):
+        call(sta_tpo, "--checkpoint", checkpoint, "--output-dir", tmp_path / "run", "--num-eval-episodes", 0, "--no-cuda", *args)
+        return tmp_path / "run"
+
+    return run
+
+
+@pytest.fixture
+def exported(tpo, tmp_path):
+    """The folder of --export-pairs."""
+    tpo("--export-pairs", tmp_path / "pairs")
+    return tmp_path / "pairs"
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+
+
+def fill(folder, verdicts):
+    rows = rows_of(folder)
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps({**row, "preferred": verdict}) for row, verdict in zip(rows, verdicts)) + "\n")
+    return rows
+
+
+def test_pairs_are_exported_as_clips_side_by_side_in_random_order(exported):
+    rows, pairs = rows_of(exported), sta_tpo.build_stage_pairs(ROLLOUTS, K, sta_tpo.Args().cost_margin, sta_tpo.Args().max_pairs_per_stage)
+    assert len(rows) == len(pairs) == len(list(exported.glob("*.mp4"))) > 8
+    for row, pair in zip(rows, pairs):
+        assert {row["left"], row["right"]} == {NAMES[pair["chosen"]], NAMES[pair["rejected"]]} and row["preferred"] is None
+        assert row["stage_name"] == TASK.stages[row["stage"]] and row["instruction"] == TASK.instruction
+    lefts = sum(row["left"] == NAMES[pair["chosen"]] for row, pair in zip(rows, pairs))
+    assert 0 < lefts < len(rows)  # the better one is on either side
+    longest = max(row[f"{side}_steps"][1] - row[f"{side}_steps"][0] + 1 for row in rows[:1] for side in ("left", "right"))
+    frames = imageio.v3.imread(exported / rows[0]["clip"])
+    assert frames.shape == (longest, 384, 2 * 384 + 12, 3) and frames[:, :, 384:396].min() > 200
+
+
+def test_verdicts_become_pairs(exported, capsys):
+    rows = fill(exported, ["left", "right", "tie", *[None] * 99])
+    pairs = sta_tpo.read_preferences(exported / "pairs.jsonl", ROLLOUTS, NAMES, K, True)
+    chosen = [(NAMES[pair["chosen"]], NAMES[pair["rejected"]], pair["stage"]) for pair in pairs]
+    sides = [(row["left"], row["right"], row["stage"]) for row in rows[:3]]
+    flipped = [(right, left, stage) for left, right, stage in sides]
+    assert chosen == [sides[0], flipped[1], sides[2], flipped[2]] and {pair["reason"] for pair in pairs} == {"human"}
+    assert f"3 of {len(rows)} lines" in capsys.readouterr().out
+    for pair in pairs:
+        i, steps = pair["chosen"], sta_tpo.segment_rows(ROLLOUTS[pair["chosen"]], pair["stage"], K, True)
+        assert pair["cost_chosen"] == pytest.approx(ROLLOUTS[i]["distance"][steps].mean().item())
+
+
+def test_training_follows_the_person_and_not_the_rules(exported, tpo):
+    rules = {(NAMES[p["chosen"]], NAMES[p["rejected"]], p["stage"]) for p in sta_tpo.build_stage_pairs(ROLLOUTS, K, 0.1, 6)}
+    against = ["left" if (row["right"], row["left"], row["stage"]) in rules else "right" for row in rows_of(exported)]
+    fill(exported, against)
+    run = tpo("--resume", "--preferences", exported / "pairs.jsonl", "--num-epochs", 8, "--learning-rate", 1e-3, "--cost-coef", 0)
+    curves = scalars(run)
+    assert curves["rewards/margins"][0] == pytest.approx(0, abs=1e-5) and curves["rewards/margins"][-1] > 0.5 and curves["rewards/accuracies"][-1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [("line 2 cannot be read", lambda row: "{"), ("line 2 cannot be read", lambda row: json.dumps(7)),
+     ("line 2 cannot be read", lambda row: json.dumps({**row, "left": "../../etc/passwd"})),
+     ("line 2 cannot be read", lambda row: json.dumps({**row, "stage": 9})),
+     ("line 2 cannot be read", lambda row: json.dumps({**row, "stage": "reach"})),
+     ("line 2 is not a pair of this run", lambda row: json.dumps({**row, "left_steps": [0, 99]})),
+     ("line 2: \"preferred\" is 'lleft'", lambda row: json.dumps({**row, "preferred": "lleft"}))],
+)  # fmt: skip
+def test_a_line_that_cannot_be_read_is_named_by_number(words, change, exported, tpo):
+    rows = fill(exported, ["left"] * 99)
+    lines = (exported / "pairs.jsonl").read_text().splitlines()
+    (exported / "pairs.jsonl").write_text("\n".join([lines[0], change(rows[1]), *lines[2:]]))
+    with pytest.raises(UserError) as error:
+        tpo("--resume", "--preferences", exported / "pairs.jsonl")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_without_verdicts_or_of_another_kind(exported, tpo, tmp_path):
+    for words, path in (("no verdict yet", exported / "pairs.jsonl"), ("cannot read", tmp_path / "nowhere.jsonl"), ("cannot read", exported / "pair_0000.mp4")):
+        with pytest.raises(UserError, match=words):
+            tpo("--resume", "--preferences", path)
+    with pytest.raises(UserError, match="is not empty"):
+        tpo("--resume", "--export-pairs", exported)
+
+
+def test_pairs_of_the_learned_separator_know_no_distance(tpo, monkeypatch):
+    """Its segments replace the rules', whose labels and distances are not read."""
+    seen = {}
+
+    def build(rollouts, *args):
+        seen["rollouts"] = rollouts
+        return pairs_of(rollouts, *args)
+
+    pairs_of = sta_tpo.build_stage_pairs
+    monkeypatch.setattr(sta_tpo, "build_stage_pairs", build)
+    for rollout in ROLLOUTS:
+        monkeypatch.setitem(rollout, "stage", rollout["stage"].clone())
+        monkeypatch.setitem(rollout, "distance", rollout["distance"].clone())
+    tpo("--stage-source", "learned")
+    assert all((r["distance"] == 0).all() and (r["stage"].diff() >= 0).all() for r in seen["rollouts"])
+    assert {pair["reason"] for pair in pairs_of(seen["rollouts"], K)} == {"completed"}
+
+
+PPO = {"losses/first_ratio": 1.0, "losses/rollout_update_logprob_gap": 1e-5, "losses/entropy": 10.0, "charts/success_once": 0.5, "charts/shaped_return": 0.4}
+TPO = {"logps/chosen": -9.0, "rewards/margins": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("cause", "now"),
+    [("ratio", {"losses/first_ratio": 1.03}), ("ratio", {"losses/rollout_update_logprob_gap": 0.2}), ("entropy", {"losses/entropy": 2.0}),
+     ("success falls", {"charts/success_once": 0.3, "charts/shaped_return": 0.6}), ("", {}), ("", {"charts/success_once": 0.3}),
+     ("", {"charts/shaped_return": 0.9, "charts/success_once": 0.9}), ("", {"losses/entropy": 5.0})],
+)  # fmt: skip
+def test_what_is_wrong_with_a_ppo_run_is_named(cause, now):
+    lines = sta_ppo.ppo_symptoms(PPO, {**PPO, **now})
+    assert len(lines) == bool(cause) and all(cause in line and "\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "now"),
+    [(True, {"logps/chosen": -11.0, "rewards/margins": 2.0}), (False, {"logps/chosen": -8.0, "rewards/margins": 2.0}), (False, {"logps/chosen": -11.0})],
+)
+def test_a_margin_that_grows_while_the_chosen_fall_is_named(wrong, now):
+    lines = sta_tpo.tpo_symptoms(TPO, {**TPO, **now})
+    assert len(lines) == wrong and all("logps/chosen" in line for line in lines)
+
+
+def test_a_run_prints_a_warning_once(tpo, capsys):
+    tpo("--learning-rate", 0.03, "--num-epochs", 6, "--batch-size", 8)
+    assert capsys.readouterr().out.count("warning: ") == 1
