@@ -1,6 +1,6 @@
-"""Tables of docs/tasks.md from rows, nothing typed by hand.
+"""Tables of docs/tasks.md and docs/sft.md from rows, nothing typed by hand.
 
-    python benchmark/tables.py                   # writes docs/tasks.md anew between its markers, from docs/expert.jsonl and docs/sft.jsonl
+    python benchmark/tables.py                   # writes the pages anew between their markers, from docs/{expert,sft,separator}.jsonl
     python benchmark/tables.py runs/*__200       # first appends the results of these runs to docs/sft.jsonl
 """
 import json
@@ -57,14 +57,24 @@ def ood() -> str:
                               for (env_id, method), cells in table.items() if len(cells) > 1])  # fmt: skip
 
 
+def separator() -> str:
+    lines = ["| env id | success_once [95 %] | causal | Viterbi | boundary error, steps | boundaries missed | steps |", "|---|---|---|---|---|---|---|"]
+    for line in (DOCS / "separator.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        read = row["separator"]
+        lines.append(f"| {row['env_id']} | {success(row)} | {100 * read['causal_accuracy']:.1f} % | {100 * read['viterbi_accuracy']:.1f} % | "
+                     f"{read['boundary_error']:.2f} | {100 * read['boundary_missed']:.1f} % | {read['num_steps']} |")  # fmt: skip
+    return "\n".join([*lines, "", "`benchmark/separator.sh`: 60 greedy episodes of one SFT policy per task."])
+
+
 def main(runs: list[str]) -> None:
     with open(DOCS / "sft.jsonl", "a") as file:
         for path in sorted(path for run in runs for path in Path(run).glob("results*.json")):
             row = json.loads(path.read_text())
             row.pop("episodes")
             file.write(json.dumps(row) + "\n")
-    page = DOCS / "tasks.md"
-    for name, table in (("expert", expert), ("sft", sft), ("ood", ood)):
+    for file, name, table in (("tasks", "expert", expert), ("tasks", "sft", sft), ("tasks", "ood", ood), ("sft", "separator", separator)):
+        page = DOCS / f"{file}.md"
         before, _, rest = page.read_text().partition(f"<!-- {name} -->\n")
         page.write_text(f"{before}<!-- {name} -->\n{table()}\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}")
 

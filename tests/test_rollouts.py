@@ -1,11 +1,12 @@
 """What the scripts take from the simulator: PPO's buffer, roll-outs for pairs, demonstrations."""
 import json
+import math
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import STATS, TASK, call, differing, prompt, tensors
+from conftest import STATS, TASK, call, differing, prompt, scalars, tensors
 
 import sft
 import sta_ppo
@@ -92,6 +93,50 @@ def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
     sparse, zero, stare = ppo("sparse", 1, 20, "--reward", "sparse"), ppo("zero", 1, 20, "--shaping-weight", 0), ppo("stare")
     assert differing(sparse / "checkpoint", zero / "checkpoint") == []
     assert differing(sparse / "checkpoint", stare / "checkpoint")
+
+
+def test_learned_stages_shape_the_reward_and_the_simulator_s_potential_is_not_read(ppo, envs, checkpoint, monkeypatch):
+    """With LoRA and a KL to the first policy beside it: the reference is the model without its adapter."""
+    seen, potentials, step, reset, shape = [], [], envs.step, envs.reset, sta_ppo.shape_rewards
+
+    def blind(infos):
+        infos["potential"] = torch.full_like(infos["potential"], torch.nan)
+
+    def blind_reset(seed=None):
+        obs, infos = reset(seed)
+        blind(infos)
+        seen.append(obs)
+        return obs, infos
+
+    def blind_step(actions):
+        obs, *rest, infos = step(actions)
+        blind(infos)
+        blind(infos.get("final_info", {"potential": torch.zeros(2)}))
+        seen.append(obs)
+        return obs, *rest, infos
+
+    def shape_and_record(rewards, phi, next_phi, *args):
+        potentials.append((phi.clone(), next_phi.clone()))
+        return shape(rewards, phi, next_phi, *args)
+
+    monkeypatch.setattr(envs, "reset", blind_reset)
+    monkeypatch.setattr(envs, "step", blind_step)
+    monkeypatch.setattr(sta_ppo, "shape_rewards", shape_and_record)
+    folder, separator = sta_ppo.load_separator(checkpoint / "checkpoint", torch.device("cpu"))
+    model, processor, _ = sta_ppo.load_policy(folder, torch.device("cpu"))
+    hidden_of = torch.no_grad()(lambda obs: model(**prompt(processor, obs), logits_to_keep=1).last_hidden_state[:, -1])
+    separator.bias.data = -separator.weight @ hidden_of(reset(1)[0]).mean(0)  # an untrained one would see one stage everywhere
+    monkeypatch.setattr(sta_ppo, "load_separator", lambda *args: (folder, separator))
+    run = ppo("run", 2, 20, "--stage-source", "learned", "--kl-coef", 0.5, "--lora-rank", 2, "--learning-rate", 0.01, "--no-anneal-lr")
+    labels = [separator(hidden_of(obs)).argmax(-1).float() for obs in seen[1:22]]  # after the reset of the first roll-out
+    assert len(torch.cat(labels).unique()) > 1
+    for t, (phi, next_phi) in enumerate(potentials[:20]):
+        assert torch.equal(phi, labels[t]) and torch.equal(next_phi, labels[t + 1])  # 20 steps of 30: no episode ends
+    curves = scalars(run)
+    assert all(abs(ratio - 1) < 1e-4 for ratio in curves["losses/first_ratio"]) and curves["losses/kl_to_start"][1] > 1e-4
+    assert all(math.isfinite(value) for values in curves.values() for value in values)
+    with pytest.raises(stare_utils.UserError, match="--lora-rank = 2, not 0"):
+        ppo("run", 4, 20, "--resume")
 
 
 def test_ppo_resumes_from_a_checkpoint_between_fresh_starts(ppo, capsys):

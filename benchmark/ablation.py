@@ -1,0 +1,109 @@
+"""Table and plot of docs/ablation.md from the runs of benchmark/ablation.sh, nothing typed by hand.
+
+    python benchmark/ablation.py                       # writes docs/ablation.md's tables and docs/ablation.svg anew from docs/ablation.jsonl
+    python benchmark/ablation.py runs/*__ablation      # first adds these runs' rows (of the same method, task and seed the newer one counts)
+
+A row is eval.py's result row, with `successes` (one 0 or 1 per evaluation seed) in place of the episodes and, for PPO, `curve`: [env steps, seconds of
+roll-outs and updates, success of the last 100 sampled training episodes, explained variance, deviation of the advantages, share that completed each
+stage ...] per update."""
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+DOCS = Path(__file__).parent.parent / "docs"
+METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "PPO": "tab:cyan", "PPO-dense": "tab:green", "STA-PPO": "tab:blue"}
+COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"))
+
+
+def row_of(run: Path) -> dict:
+    """The row of a run folder."""
+    row = json.loads((run / "results.json").read_text())
+    row["successes"] = "".join(str(int(episode["success_once"])) for episode in sorted(row.pop("episodes"), key=lambda episode: episode["seed"]))
+    events = EventAccumulator(str(run)).Reload()
+    if "charts/success_once" in events.Tags()["scalars"]:
+        stages = sorted(tag for tag in events.Tags()["scalars"] if tag.startswith("stage/") and tag.endswith("_reached"))
+        read = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in
+                ("charts/success_once", "losses/explained_variance", "losses/advantage_std", *stages, "time/rollout", "time/update")}  # fmt: skip
+        seconds = np.cumsum([read["time/rollout"][step] + read["time/update"][step] for step in sorted(read["time/rollout"])])
+        wall = dict(zip(sorted(read["time/rollout"]), seconds.tolist()))
+        row["curve"] = [[step, round(wall[step], 1), *(round(read[tag][step], 4) for tag in list(read)[:-2])] for step in sorted(read["charts/success_once"])]
+    return row
+
+
+def difference(a: list[dict], b: list[dict]) -> str:
+    """Mean of b - a over the same evaluation seeds, in points, with a 95 % interval: the variances of the training seeds' means and of the episodes'
+    means add up. A method of one training seed (SFT) stands against each of the other's."""
+    first, second = (np.array([[int(x) for x in row["successes"]] for row in sorted(rows, key=lambda row: row["seed"])]) for rows in (a, b))
+    diff = second - first  # (seeds, episodes)
+    error = np.sqrt(diff.mean(1).var(ddof=1) / len(diff) + diff.mean(0).var(ddof=1) / diff.shape[1]) if len(diff) > 1 else np.nan
+    return f"{100 * diff.mean():+.1f} [{100 * (diff.mean() - 1.96 * error):+.1f}, {100 * (diff.mean() + 1.96 * error):+.1f}]"
+
+
+def table(env_id: str, methods: dict[str, list[dict]]) -> str:
+    """Markdown: success of each method over its training seeds, and what it gains."""
+    lines = ["| method | env steps | training seeds | success_once, mean ± std [each seed] | at the end | stages completed | training s |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for method in METHODS:
+        if rows := sorted(methods.get(method, []), key=lambda row: row["seed"]):
+            once = [100 * row["success_once"] for row in rows]
+            spread = f" ± {np.std(once, ddof=1):.1f}" if len(once) > 1 else ""
+            reach = ", ".join(f"{100 * x:.0f}" for x in np.mean([row["stage_reach_rate"] for row in rows], 0))
+            lines.append(f"| {method} | {np.mean([row['env_steps'] for row in rows]):.0f} | {len(rows)} | {np.mean(once):.1f}{spread} "
+                         f"[{', '.join(f'{x:.1f}' for x in once)}] | {np.mean([100 * row['success_at_end'] for row in rows]):.1f} | {reach} | "
+                         f"{np.mean([row['wall_s'] for row in rows]):.0f} |")  # fmt: skip
+        else:
+            lines.append(f"| {method} | not run | | | | | |")
+    lines += ["", "| difference, points [95 %] | |", "|---|---|"]
+    lines += [f"| {b} - {a} | {difference(methods[a], methods[b])} |" for a, b in COMPARED if a in methods and b in methods
+              and len(methods[a]) in (1, len(methods[b]))]  # fmt: skip
+    return "\n".join([f"**{env_id}**", "", *lines])
+
+
+def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
+    """docs/ablation.svg: sampled success of the PPOs while they train, by env steps and by wall time; greedy success at the end as points."""
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 3.4 * len(tasks)), squeeze=False, sharey="row")
+    for row, (env_id, methods) in zip(axes, tasks.items()):
+        for axis, x, label in ((row[0], 0, "env steps"), (row[1], 1, "seconds of roll-outs and updates")):
+            for method, colour in METHODS.items():
+                runs = methods.get(method, [])
+                if curves := [np.array(run["curve"]) for run in runs if "curve" in run]:
+                    short = min(map(len, curves))
+                    curves = np.stack([curve[-short:] for curve in curves])
+                    axis.plot(curves[:, :, x].mean(0), 100 * curves[:, :, 2].mean(0), color=colour, label=f"{method} (sampled)")
+                    axis.fill_between(curves[:, :, x].mean(0), 100 * curves[:, :, 2].min(0), 100 * curves[:, :, 2].max(0), color=colour, alpha=0.15, lw=0)
+                if runs:
+                    at = [run["curve"][-1][x] if "curve" in run else run["env_steps"] if x == 0 else (run["wall_s"] if run["env_steps"] else 0) for run in runs]
+                    axis.plot(at, [100 * run["success_once"] for run in runs], "o", color=colour, ms=5, label=f"{method} (greedy, at the end)")
+            axis.set(xlabel=label, ylabel="success, %", title=env_id, ylim=(0, 100))
+    axes[0, 1].legend(fontsize=6, loc="upper right")
+    figure.tight_layout()
+    figure.savefig(DOCS / "ablation.svg", metadata={"Date": None})
+
+
+def main(runs: list[str]) -> None:
+    file = DOCS / "ablation.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows += [row_of(Path(run)) for run in runs if (Path(run) / "results.json").exists()]
+    newest = {(row["env_id"], row["method"], row["seed"]): row for row in rows}
+    file.write_text("".join(json.dumps(newest[key]) + "\n" for key in sorted(newest)))
+    tasks = defaultdict(lambda: defaultdict(list))
+    for row in newest.values():
+        tasks[row["env_id"]][row["method"]].append(row)
+    page = DOCS / "ablation.md"
+    before, _, rest = page.read_text().partition("<!-- tables -->\n")
+    tables = "\n\n".join(table(env_id, methods) for env_id, methods in sorted(tasks.items(), reverse=True))
+    page.write_text(f"{before}<!-- tables -->\n{tables}\n<!-- /tables -->{rest.partition('<!-- /tables -->')[2]}")
+    plot(dict(sorted(tasks.items(), reverse=True)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
