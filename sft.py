@@ -314,6 +314,7 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, .
             else:
                 raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
             stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
+            stage = np.where(stage < len(TASKS[env_id].stages), stage, -1)  # some episodes begin in success, which is no stage
             frames.append((rgb, proprio, group.get("expert_actions", group["actions"])[:], where, stage))
     return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
 
@@ -419,7 +420,6 @@ def main(args: Args) -> None:
             scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / seconds, "time/update": seconds,
                         "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30}  # fmt: skip
             history = []
-            progress.set_postfix_str(f"ce {scalars['losses/ce']:.2f}")
             if step % 500 == 0:
                 print(f"update {step}: " + ", ".join(f"{key.split('/')[1]} {value:.4f}" for key, value in scalars.items()), flush=True)
             for key, value in scalars.items():
