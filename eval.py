@@ -118,6 +118,7 @@ def load_separator(folder: Path, device: torch.device):
     while not (folder / "separator.safetensors").exists():
         try:
             folder = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
+            folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
         except (OSError, ValueError, KeyError):
             raise UserError(f"no learned separator behind {first}: sft.py trains one on demonstrations that it makes itself") from None
     weights = load_file(folder / "separator.safetensors", device=str(device))

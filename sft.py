@@ -6,10 +6,9 @@
 
 loss = -mean over samples of [ sum over active action tokens of log pi(token | image, proprioception, instruction, tokens before) ] / (active tokens)
        + c_aux * smooth L1 distance between a linear read-out of the hidden state and where object and goal are
-(openvla/openvla@c8f03f4 vla-scripts/finetune.py masks everything but the action tokens too).
-Deviations from OpenVLA's recipe: (1) the softmax runs over the 256 action bins, as in STA-TPO, STA-PPO and evaluation; (2) dimensions that
-never vary are left out of the loss; (3) the default model is trained from scratch, all weights; (4) the auxiliary loss; (5) targets blurred
-over neighbouring bins (--label-jitter), so that the loss has a floor: 2.8 nats per blurred token at a jitter of 4 bins.
+Deviations from OpenVLA's recipe (openvla/openvla@c8f03f4 vla-scripts/finetune.py): (1) the softmax runs over the 256 action bins, as in the other
+scripts; (2) dimensions that never vary are left out; (3) the default model is trained from scratch, all weights; (4) the auxiliary loss; (5) targets
+blurred over neighbouring bins (--label-jitter), so that the loss has a floor: 2.8 nats per blurred token at a jitter of 4 bins.
 Letters: B batch, M frames, A action tokens, D hidden width.
 """
 import json
@@ -166,13 +165,16 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(output: Path) -> dict | None:
-    """The training state of output/checkpoint, or None when there is no checkpoint. Random numbers need no saving: every step seeds its own."""
+def load_state(output: Path, script: str) -> dict | None:
+    """The training state of output/checkpoint, None where there is none (every step seeds its own random numbers). UserError: another script's."""
     if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
         (output / "checkpoint.old").rename(output / "checkpoint")
     if not (output / "checkpoint" / "training_state.pt").exists():
         return None
-    return torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
+    state = torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
+    if state.get("script") != script:
+        raise UserError(f"{output} holds a run of {state.get('script', 'an older version')}, not of {script}: choose another --output-dir")
+    return state
 
 
 def load_policy(checkpoint: str, device: torch.device):
@@ -281,8 +283,7 @@ def collect_demos(path: Path, env_id: str, args: Args) -> None:
 def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, ...]:
     """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A), geometry (M, 6) and stage labels (M,) of the first `num_demos` successful episodes
     of a ManiSkill .h5. Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera; their stage is -1,
-    unknown: a state that was put back has no contact forces.
-    Raises UserError on a file of another env or control mode, without actions or without states."""
+    unknown, for contact forces are not recorded. Raises UserError on a file of another env or control mode, without actions or without states."""
     mode = TASKS[env_id].arm.control_mode
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
@@ -314,7 +315,7 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, .
             else:
                 raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
             stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
-            stage = np.where(stage < len(TASKS[env_id].stages), stage, -1)  # some episodes begin in success, which is no stage
+            stage[stage >= len(TASKS[env_id].stages)] = -1  # some episodes begin in success, which is no stage
             frames.append((rgb, proprio, group.get("expert_actions", group["actions"])[:], where, stage))
     return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
 
@@ -338,12 +339,11 @@ def main(args: Args) -> None:
         raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     seed_everything(args.seed)
-
     # Everything that can be wrong with the input is found before the run folder is made
     for env_id in env_ids:
         stare_utils.check_world(env_id)
     demos = [read_demos(path, env_id, args.num_demos) for path, env_id in zip(paths, env_ids, strict=True)] if paths else []
-    state = load_state(Path(args.output_dir)) if args.resume and args.output_dir else None
+    state = load_state(Path(args.output_dir), "sft") if args.resume and args.output_dir else None
     if state or args.vla != "tiny":
         model, processor, _ = load_policy(args.output_dir if state else args.vla, device)
     else:
@@ -416,17 +416,17 @@ def main(args: Args) -> None:
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
             seconds, time_update = (time.time() - time_update) / len(history), time.time()
-            scalars = {f"losses/{name}": value for name, value in zip(losses, torch.stack(history).mean(0).tolist(), strict=True)}  # since the last line
+            means, history = torch.stack(history).mean(0).tolist(), []  # since the last line
+            scalars = {f"losses/{name}": value for name, value in zip(losses, means, strict=True)}
             scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / seconds, "time/update": seconds,
                         "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30}  # fmt: skip
-            history = []
             if step % 500 == 0:
                 print(f"update {step}: " + ", ".join(f"{key.split('/')[1]} {value:.4f}" for key, value in scalars.items()), flush=True)
             for key, value in scalars.items():
                 writer.add_scalar(key, value, step)
         if step % args.save_freq == 0 or step == args.num_updates:
             wall = time.time() - start
-            state = {"optimizer": optimizer.state_dict(), "heads": heads.state_dict(), "step": step, "history": history, "wall_s": wall}
+            state = {"script": "sft", "optimizer": optimizer.state_dict(), "heads": heads.state_dict(), "step": step, "history": history, "wall_s": wall}
             info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}
             save_checkpoint(output, model, processor, info, state, {"separator": heads["separator"]} if (stages >= 0).any() else {})
     progress.close()

@@ -4,7 +4,7 @@
     python sta_ppo.py --env-id PickCube-v1 --reward sparse    # plain PPO, the ablation; --reward dense is ManiSkill's own reward
 
   r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)),  Phi(s) = k + phi_k(s),  Phi of a terminal state = 0   (r' is the paper's; k + is ours, see README.md)
-  loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 + c_kl * mean KL(pi || pi_ref)
+  loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 + c_kl * KL(pi || pi_start)
 The ratio is that of the whole action (sum of its tokens' log-probabilities). Deviations from CleanRL's ppo.py and RL4VLA: a truncated episode
 is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once
 (or within each stage: --stage-advantage); logged losses are means over the update; the critic is warmed up, its loss not clipped; AdamW;
@@ -72,7 +72,7 @@ class Args:
     potential: Literal["sigmoid", "linear"] = "sigmoid"
     """form of phi_k: the paper's sigmoid(1 - d / L), rescaled, or max(0, 1 - d / L)"""
     potential_across_stages: Literal["offset", "bare"] = "offset"
-    """offset: Phi = k + phi_k; bare: the paper's phi_k alone, which falls at each stage switch"""
+    """offset: Phi = k + phi_k; bare: phi_k alone, as in the notes on the paper, but rescaled; it falls at each stage switch"""
     stage_advantage: bool = False
     """normalise advantages within each stage instead of over the whole buffer"""
     stage_source: Literal["rules", "learned"] = "rules"
@@ -103,7 +103,7 @@ class Args:
     """updates in which the VLA's learning rate is 0 while Adam's second moments fill: an untrained critic punishes good actions, and Adam's
     first steps are its largest. Their momentum is forgotten"""
     lora_rank: int = 0
-    """0 trains all weights; else LoRA matrices of this rank on all linear layers, merged into the checkpoints that are written"""
+    """0 trains all weights; else LoRA matrices of this rank on the linear layers (not the vocabulary's head), merged into what is written"""
     learning_rate: float = 5e-5
     """AdamW, the VLA"""
     value_learning_rate: float = 1e-3
@@ -193,13 +193,16 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(output: Path) -> dict | None:
-    """The training state of output/checkpoint, or None when there is no checkpoint. Random numbers need no saving: every step seeds its own."""
+def load_state(output: Path, script: str) -> dict | None:
+    """The training state of output/checkpoint, None where there is none (every step seeds its own random numbers). UserError: another script's."""
     if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
         (output / "checkpoint.old").rename(output / "checkpoint")
     if not (output / "checkpoint" / "training_state.pt").exists():
         return None
-    return torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
+    state = torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
+    if state.get("script") != script:
+        raise UserError(f"{output} holds a run of {state.get('script', 'an older version')}, not of {script}: choose another --output-dir")
+    return state
 
 
 def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
@@ -241,6 +244,7 @@ def load_separator(folder: Path, device: torch.device):
     while not (folder / "separator.safetensors").exists():
         try:
             folder = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
+            folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
         except (OSError, ValueError, KeyError):
             raise UserError(f"no learned separator behind {first}: sft.py trains one on demonstrations that it makes itself") from None
     weights = load_file(folder / "separator.safetensors", device=str(device))
@@ -339,6 +343,13 @@ def ppo_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float)
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean(), ratio
 
 
+def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
+    """mean (log pi - log pi_ref)^2 / 2: on the policy's own actions its gradient is that of KL(pi || pi_ref). Both (B,).
+    (The estimate ratio - 1 - log ratio has the value of that KL but the gradient of the other one, KL(pi_ref || pi).)"""
+    assert logprob.shape == ref_logprob.shape, "shapes differ: this would broadcast"
+    return 0.5 * (logprob - ref_logprob).square().mean()
+
+
 def ppo_symptoms(first: dict, now: dict) -> list[str]:
     """Lines that name what is wrong, from the logged scalars of the run's first update and of the present one."""
     lines = []
@@ -348,7 +359,7 @@ def ppo_symptoms(first: dict, now: dict) -> list[str]:
         lines.append("the entropy has collapsed to less than a third: nothing new is tried any more; lower --learning-rate or add --kl-coef")
     if "charts/success_once" in first:
         success, shaped = (now[key] - first[key] for key in ("charts/success_once", "charts/shaped_return"))
-        if success < -0.1 and shaped > 0.02:
+        if success < -0.2 and shaped > 0.02:
             lines.append("the shaped return rises while success falls: the policy collects the stage reward instead of the task; lower --shaping-weight")
     return lines
 
@@ -389,7 +400,7 @@ def main(args: Args) -> None:
     if weight * (K if args.potential_across_stages == "offset" else 1) > 1 and args.critic_warmup == 0:
         print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
     device, threads = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), torch.get_num_threads()
-    state = load_state(Path(args.output_dir)) if args.resume and args.output_dir else None
+    state = load_state(Path(args.output_dir), "sta_ppo") if args.resume and args.output_dir else None
     source = state["source"] if state else args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
     if state:
         begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
@@ -399,13 +410,13 @@ def main(args: Args) -> None:
     # LoRA goes on from the first policy and its adapter: what a checkpoint holds is merged
     model, processor, folder = load_policy(args.output_dir if state and not args.lora_rank else source, device)
     stats = task_stats(model, args.env_id)
+    seed_everything(args.seed)
     if args.lora_rank:
         vla.add_lora(model, args.lora_rank)
     sft_folder, separator = load_separator(folder, device) if args.stage_source == "learned" else (None, None)
     sft_model = separator and load_policy(sft_folder, device)[0]
     reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0]  # without its adapter LoRA's model is the first
     active = ~vla.constant_dims(stats["action"])
-    seed_everything(args.seed)
     stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_ppo")
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
@@ -473,6 +484,7 @@ def main(args: Args) -> None:
     while iteration < args.num_iterations:
         # The iteration alone decides its random numbers and episodes: whoever resumes here goes on exactly as if never stopped
         torch.manual_seed(args.seed * 1_000_003 + iteration)
+        time_rollout = time.time()
         if iteration % fresh == 0:
             next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + iteration * N) % (stare_utils.TRAIN_SEEDS - N))
             # Only the first `whole` episodes of each env count in the statistics: another one fits into the roll-out only after a quick success
@@ -486,7 +498,6 @@ def main(args: Args) -> None:
             optimizer.param_groups[0]["lr"] = 0.0  # the VLA stands still while Adam's second moments fill
 
         # TRY NOT TO MODIFY: roll-out, in one torch thread: the env processes are the parallelism
-        time_rollout = time.time()
         torch.set_num_threads(1)
         for t in range(T):
             for name, value in next_obs.items():
@@ -499,6 +510,7 @@ def main(args: Args) -> None:
             bins[t], logprobs[t], hidden = sample_action(model, policy_inputs(next_obs), active)
             with torch.no_grad():
                 values[t] = value_head(hidden)
+            age = next_info["elapsed_steps"].cpu()  # of the episode
             next_obs, reward, term, trunc, next_info = envs.step(vla.detokenize_actions(bins[t], stats["action"], model.config.n_action_bins))
             env_rewards[t], terminated[t], done[t] = reward.to(device), term.to(device), (term | trunc).to(device)
             stage, phi = stage_of(next_obs, next_info)
@@ -510,7 +522,7 @@ def main(args: Args) -> None:
                 final_values[t, ended] = value_of({name: value[ended] for name, value in final_obs.items()})
             # STARE: the stage reward enters here; w = 0 leaves plain PPO
             rewards[t] = shape_rewards(env_rewards[t], potentials[t], next_potentials[t], terminated[t], args.gamma, weight) if weight else env_rewards[t]
-            so_far["returns"] += torch.stack([env_rewards[t], rewards[t]], -1).cpu()
+            so_far["returns"] += torch.stack([env_rewards[t].cpu(), args.gamma**age * rewards[t].cpu()], -1)
             for i in ended.nonzero()[:, 0].tolist():
                 if counts[i] > 0:
                     furthest, costs = int(final["furthest_stage"][i]), so_far["costs"][i] / so_far["steps"][i]  # NaN: the stage was never entered
@@ -523,7 +535,8 @@ def main(args: Args) -> None:
                 counts[i] -= 1
                 for sums in so_far.values():
                     sums[i] = 0
-        recent = recent[-max(100, N * whole) :]  # they stand in the order in which they ended: the end of a large roll-out is its slow ones
+        # Whole rounds of roll-outs: their rows stand in the order in which they ended, and the last ones of a round are its slow ones, the failures
+        recent = recent[-N * whole * -(-100 // (N * whole)) :]
         # V of the true next state: the next row's value, the bootstrap after the last row; at an episode's end V of its final observation
         next_values = torch.where(done, final_values, torch.cat([values[1:], value_of(next_obs)[None]]))
         advantages, returns = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
@@ -554,21 +567,18 @@ def main(args: Args) -> None:
                 pg_loss, ratio = ppo_loss(logratio, b_advantages[mb_idx], args.clip_coef)
                 # Value loss
                 v_loss = 0.5 * (newvalue - b_returns[mb_idx]).square().mean()
-                # KL(pi || pi_ref), the estimate that is unbiased and never negative: http://joschu.net/blog/kl-approx.html
-                kl_loss = torch.zeros((), device=device)
-                if args.kl_coef:
-                    ref_logratio = b_ref_logprobs[mb_idx] - newlogprob
-                    kl_loss = (ref_logratio.exp() - 1 - ref_logratio).mean()
-                loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * kl_loss
+                # KL to the start
+                ref_loss = kl_loss(newlogprob, b_ref_logprobs[mb_idx]) if args.kl_coef else torch.zeros((), device=device)
+                loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * ref_loss
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_([*params, *value_head.parameters()], args.max_grad_norm)
                 optimizer.step()
-                with torch.no_grad():
+                with torch.no_grad():  # approx_kl: unbiased and never negative, http://joschu.net/blog/kl-approx.html
                     history.append({
                         "policy_loss": pg_loss.detach(), "value_loss": v_loss.detach(), "entropy": entropy.mean(), "old_approx_kl": (-logratio).mean(),
                         "approx_kl": (ratio - 1 - logratio).mean(), "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(), "grad_norm": grad_norm,
-                        "ratio": ratio.mean(), "largest_logratio": logratio.abs().max(), "kl_to_start": kl_loss.detach(),
+                        "ratio": ratio.mean(), "largest_logratio": logratio.abs().max(), "kl_to_start": ref_loss.detach(),
                     })  # fmt: skip
             if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
                 break
@@ -591,8 +601,8 @@ def main(args: Args) -> None:
         for key in recent[0] if recent else ():
             known = [row[key] for row in recent if not math.isnan(row[key])]
             scalars |= {key: float(np.mean(known))} if known else {}
-        first = first or scalars
-        for line in set(ppo_symptoms(first, scalars)) - warned:
+        first = first or (scalars if iteration % fresh == 0 else {})  # the first complete round of episodes
+        for line in set(ppo_symptoms(first or scalars, scalars)) - warned:
             print(f"warning: {line}")
             warned.add(line)
         progress.update(args.batch_size)
@@ -605,7 +615,7 @@ def main(args: Args) -> None:
             wall = time.time() - start
             method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
             adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
-            state = {"optimizer": optimizer.state_dict(), "adapter": adapter, "iteration": iteration, "recent": recent, "first": first,
+            state = {"script": "sta_ppo", "optimizer": optimizer.state_dict(), "adapter": adapter, "iteration": iteration, "recent": recent, "first": first,
                      "source": str(source), "wall_s": wall}  # fmt: skip
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
             save_checkpoint(output, model, processor, info, state, {"value_head": value_head})

@@ -9,8 +9,7 @@
   q^(tau_k) = q(tau_k) - lambda * l_k(tau_k)                      l_k: mean stage distance / L_k
   loss      = -mean over pairs of log sigmoid( beta * (q^(chosen) - q^(rejected)) )
 A pair exists for stage k only if both roll-outs finished stage k - 1; the winner finished stage k or, when both did, was cheaper by a margin.
-Choices where the paper is silent: the table in README.md. The reference policy is the checkpoint itself, as cached fp32
-log-probabilities. GRAPE (aiming-lab/GRAPE@89986c7) sums over 8-step windows that may belong to different episodes; nothing of that is here.
+The reference is the checkpoint itself, as cached fp32 log-probabilities. Equations, choices, what differs from GRAPE: docs/sta_tpo.md.
 Letters: R roll-outs, T steps, K stages, P pairs, S steps of all pairs in a batch, A action tokens, B chunk of steps, N envs, D hidden width.
 """
 import json
@@ -93,7 +92,7 @@ class Args:
     """at most this many pairs per initial state and stage, completions first, so that easy stages do not drown the others"""
 
     lora_rank: int = 0
-    """0 trains all weights; else LoRA matrices of this rank on all linear layers, merged into the checkpoints that are written"""
+    """0 trains all weights; else LoRA matrices of this rank on the linear layers (not the vocabulary's head), merged into what is written"""
     learning_rate: float = 5e-5
     """AdamW, constant"""
     max_grad_norm: float = 1.0
@@ -175,13 +174,16 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(output: Path) -> dict | None:
-    """The training state of output/checkpoint, or None when there is no checkpoint. Random numbers need no saving: every step seeds its own."""
+def load_state(output: Path, script: str) -> dict | None:
+    """The training state of output/checkpoint, None where there is none (every step seeds its own random numbers). UserError: another script's."""
     if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
         (output / "checkpoint.old").rename(output / "checkpoint")
     if not (output / "checkpoint" / "training_state.pt").exists():
         return None
-    return torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
+    state = torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
+    if state.get("script") != script:
+        raise UserError(f"{output} holds a run of {state.get('script', 'an older version')}, not of {script}: choose another --output-dir")
+    return state
 
 
 def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
@@ -223,6 +225,7 @@ def load_separator(folder: Path, device: torch.device):
     while not (folder / "separator.safetensors").exists():
         try:
             folder = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
+            folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
         except (OSError, ValueError, KeyError):
             raise UserError(f"no learned separator behind {first}: sft.py trains one on demonstrations that it makes itself") from None
     weights = load_file(folder / "separator.safetensors", device=str(device))
@@ -452,9 +455,8 @@ def read_preferences(path: Path, rollouts: list[dict], names: list[str], num_sta
 
 def tpo_symptoms(first: dict, now: dict) -> list[str]:
     """Lines that name what is wrong, from the logged scalars of the run's first update and of the present one."""
-    if now["logps/chosen"] < first["logps/chosen"] - 1 and now["rewards/margins"] > first["rewards/margins"]:
-        return ["logps/chosen falls while the margin grows: both sides are pushed down, the rejected one more; lower --learning-rate or raise --beta"]
-    return []
+    wrong = now["logps/chosen"] < first["logps/chosen"] - 1 and now["rewards/margins"] > first["rewards/margins"]
+    return ["logps/chosen falls while the margin grows: both sides are pushed down, the rejected one more; lower --learning-rate or raise --beta"] * wrong
 
 
 def print_pairs(pairs: list[dict], rollouts: list[dict], stages: tuple[str, ...]) -> None:
@@ -481,9 +483,9 @@ def main(args: Args) -> None:
     if args.rollouts_per_state < 2:
         raise UserError(f"--rollouts-per-state must be at least 2 to make pairs, not {args.rollouts_per_state}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    record = Path(args.output_dir) / "source.txt"  # roll-outs and reference belong to one policy: a resumed run keeps it
-    resume = args.resume and args.output_dir
-    recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir)) if resume else None
+    # roll-outs and reference belong to one policy: a resumed run keeps it
+    record, resume = Path(args.output_dir) / "source.txt", args.resume and args.output_dir
+    recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir), "sta_tpo") if resume else None
     if recorded and args.checkpoint and Path(recorded) != load_policy(args.checkpoint, device)[2]:
         raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {args.checkpoint}: choose another --output-dir")
     if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text()).get("lora_rank", 0)) != args.lora_rank:
@@ -506,15 +508,13 @@ def main(args: Args) -> None:
     # Roll-outs of the reference policy, and pairs
     time_rollout = time.time()
     files = collect_rollouts(output / "rollouts", model, processor, active, stats, args)
-    rollouts, names = read_rollouts(files), [file.stem for file in files]
-    time_rollout = time.time() - time_rollout
+    rollouts, names, time_rollout = read_rollouts(files), [file.stem for file in files], time.time() - time_rollout
     env_steps = sum(len(rollout["stage"]) for rollout in rollouts)
     stages, K = task.stages if args.stage_aware else ("trajectory",), len(task.stages)
     if separator is not None:  # STARE: the learned separator's segments; it knows no distances
         with torch.no_grad():
             for rollout in tqdm(rollouts, desc="separator", unit="roll-out", disable=None):
-                inputs = policy_inputs(rollout, torch.arange(len(rollout["stage"])))
-                hidden = sft_model(**inputs, logits_to_keep=1).last_hidden_state[:, -1]
+                hidden = sft_model(**policy_inputs(rollout, torch.arange(len(rollout["stage"]))), logits_to_keep=1).last_hidden_state[:, -1]
                 rollout["stage"] = decode_stages(separator(hidden.float())[:, :K].log_softmax(-1).cpu())
                 rollout["distance"] = torch.zeros(len(rollout["stage"]))
     # STARE: pairs per stage, of roll-outs that both finished the stage before
@@ -626,7 +626,7 @@ def main(args: Args) -> None:
             method = "STA-TPO" if args.stage_aware else "TPO"
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": env_steps, "wall_s": round(wall, 1)}
             adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
-            state = {"optimizer": optimizer.state_dict(), "adapter": adapter, "step": step, "first": first, "wall_s": wall}
+            state = {"script": "sta_tpo", "optimizer": optimizer.state_dict(), "adapter": adapter, "step": step, "first": first, "wall_s": wall}
             save_checkpoint(output, model, processor, info, state)
             print(f"update {step}: loss {scalars['losses/tpo_loss']:.4f} margin {scalars['rewards/margins']:+.3f} accuracy {scalars['rewards/accuracies']:.2f}")
     progress.close()

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import call, cli, needs_assets, write_demos
 
 import eval as evaluation
@@ -82,6 +83,13 @@ def test_what_simplers_tasks_do_not_have(env_id, copy, refuses):
     refuses("eval", "camera cannot move", "--checkpoint", bridge_checkpoint(copy), "--ood", "camera")
     with pytest.raises(UserError, match="no dense reward"):
         make_envs(env_id, 1, 0, reward="dense")
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_resuming_another_scripts_run(script, checkpoint, tmp_path, refuses):
+    shutil.copytree(checkpoint, tmp_path / "run")
+    torch.save({"script": "sta_other"}, tmp_path / "run/checkpoint/training_state.pt")
+    refuses(script, "holds a run of sta_other", *start(script, checkpoint), "--resume", output=tmp_path / "run")
 
 
 def test_missing_assets_name_the_download(tmp_path):

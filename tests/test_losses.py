@@ -137,6 +137,7 @@ def describe(rollout, stage_aware=True):
 @given(ROLLOUTS, st.floats(0, 1), st.booleans())
 def test_pairs_are_exactly_those_of_the_definition(rollouts, margin, stage_aware):
     pairs = sta_tpo.build_stage_pairs(rollouts, K, cost_margin=margin, stage_aware=stage_aware)
+    assert all(rollouts[pair["chosen"]]["init_seed"] == rollouts[pair["rejected"]]["init_seed"] for pair in pairs)
     expected = set()
     for i, j in combinations(range(len(rollouts)), 2):
         (done_i, cost_i), (done_j, cost_j) = describe(rollouts[i], stage_aware), describe(rollouts[j], stage_aware)

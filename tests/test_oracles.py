@@ -52,6 +52,20 @@ def test_clipped_loss_and_its_gradient_are_torchrl_s(clip_coef):
     assert torch.allclose(ours_in.grad, theirs_in.grad, atol=1e-12) and ours_in.grad.any()
 
 
+def test_gradient_of_the_kl_loss_is_that_of_the_exact_kl():
+    """Over all actions, each as often as the policy takes it."""
+    torch.manual_seed(0)
+    ours, exact, reference = torch.randn(6, dtype=torch.double).requires_grad_(), None, torch.randn(6, dtype=torch.double).log_softmax(-1)
+    exact = ours.detach().clone().requires_grad_()
+    logp = exact.log_softmax(-1)
+    (logp.exp() * (logp - reference)).sum().backward()
+    often = ours.detach().softmax(-1)
+    each = torch.stack([sta_ppo.kl_loss(ours.log_softmax(-1)[i : i + 1], reference[i : i + 1]) for i in range(6)])
+    (often * each).sum().backward()
+    assert torch.allclose(ours.grad, exact.grad, atol=1e-12) and ours.grad.any()
+    assert sta_ppo.kl_loss(reference, reference) == 0
+
+
 def test_clipped_loss_refuses_shapes_that_would_broadcast():
     with pytest.raises(AssertionError):
         sta_ppo.ppo_loss(torch.zeros(4, 1), torch.zeros(4), 0.2)

@@ -123,7 +123,7 @@ def test_lora_is_trained_alone_switched_off_and_merged_into_checkpoints(tmp_path
 
 
 def test_a_separator_is_found_along_the_chain_of_checkpoints(checkpoint, tmp_path):
-    for name, source in (("tpo", checkpoint / "checkpoint"), ("ppo", tmp_path / "tpo/checkpoint")):
+    for name, source in (("tpo", checkpoint / "checkpoint"), ("ppo", tmp_path / "tpo")):  # a checkpoint, or the run folder that holds it
         (tmp_path / name).mkdir()
         sta_ppo.save_checkpoint(tmp_path / name, *tiny_model(), {"checkpoint": str(source)}, {})
     folder, separator = sta_ppo.load_separator(tmp_path / "ppo/checkpoint", torch.device("cpu"))
@@ -145,12 +145,12 @@ def test_a_separator_is_measured_against_the_rules():
 
 
 def test_a_save_that_dies_keeps_the_checkpoint_before(checkpoint, tmp_path):
-    sft.save_checkpoint(tmp_path, *tiny_model(), {"n": 1}, {"step": 1})
+    sft.save_checkpoint(tmp_path, *tiny_model(), {"n": 1}, {"step": 1, "script": "sft"})
     with pytest.raises(TypeError):  # not JSON: dies in the middle of the new folder
         sft.save_checkpoint(tmp_path, *tiny_model(), {"n": object()}, {"step": 2})
-    assert sft.load_state(tmp_path)["step"] == 1
+    assert sft.load_state(tmp_path, "sft")["step"] == 1
     (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # as if it died between the two renames
-    assert sft.load_state(tmp_path)["step"] == 1 and (tmp_path / "checkpoint/model.safetensors").exists()
+    assert sft.load_state(tmp_path, "sft")["step"] == 1 and (tmp_path / "checkpoint/model.safetensors").exists()
 
 
 def test_imitation_lowers_cross_entropy_on_one_batch():
