@@ -88,6 +88,7 @@ def test_shared_modules_read_no_arguments_and_hold_no_optimiser():
 def test_importing_a_script_has_no_side_effect(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--no-such-flag']\n"
+        "import mani_skill.envs\n"  # rich, which it imports where it is installed, draws one number
         "import numpy, random, torch; before = random.getstate(), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist()\n"
         f"import {', '.join(SCRIPTS)}\n"
         "assert before == (random.getstate(), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist())\n"
