@@ -111,20 +111,24 @@ def check_instructions(model, processor, texts: list[str]) -> None:
             raise UserError(f"the instruction {text[:40]!r}... has {length} tokens, the model has room for {room}: shorten it")
 
 
-def load_separator(folder: Path, device: torch.device):
+def load_separator(folder: Path, env_id: str, device: torch.device):
     """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
-    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none."""
-    first = folder
-    while not (folder / "separator.safetensors").exists():
-        try:
-            folder = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
-            folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"no learned separator behind {first}: sft.py trains one on demonstrations that it makes itself") from None
-    weights = load_file(folder / "separator.safetensors", device=str(device))
+    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none for this task."""
+    chain = [folder]
+    try:
+        while not (chain[-1] / "separator.safetensors").exists():
+            before = Path(json.loads((chain[-1] / "args.json").read_text())["checkpoint"])
+            chain.append(before / "checkpoint" if (before / "checkpoint").is_dir() else before)
+            if chain[-1] in chain[:-1]:
+                raise KeyError("the chain of checkpoints is a circle")
+        if env_id not in json.loads((chain[-1] / "args.json").read_text())["env_id"].split(","):
+            raise KeyError(env_id)
+        weights = load_file(chain[-1] / "separator.safetensors", device=str(device))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        raise UserError(f"no learned separator of {env_id} behind {folder}: sft.py trains one on demonstrations that it makes itself") from None
     separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
     separator.load_state_dict(weights)
-    return folder, separator
+    return chain[-1], separator
 
 
 def task_stats(model, env_id: str) -> dict:
@@ -339,10 +343,11 @@ def main(args: Args) -> None:
         check_instructions(model, processor, texts[env_id])
     output = make_folder(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
     trained = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
-    separator = load_separator(folder, device)[1] if (folder / "separator.safetensors").exists() else None
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     for env_id in env_ids:
         start = time.time()
+        known = (folder / "separator.safetensors").exists() and env_id in trained.get("env_id", "").split(",")
+        separator = load_separator(folder, env_id, device)[1] if known else None
         # each task, --ood and other words have files of their own
         words = ["own_words"] if args.instruction else ["other_words"] * bool(texts[env_id])
         kinds = [env_id] * (len(model.config.norm_stats) > 1) + [args.ood] * (args.ood != "none") + words

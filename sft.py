@@ -366,6 +366,7 @@ def main(args: Args) -> None:
     model.config.norm_stats = {**known, **dict(zip(env_ids, stats, strict=True))}
     bins = torch.cat([vla.tokenize_actions(part[2], s["action"]) for part, s in zip(demos, stats, strict=True)])
     actives = torch.stack([~vla.constant_dims(s["action"]) for s in stats])  # (tasks, A)
+    labelled = [bool((part[4] >= 0).any()) for part in demos]
     del demos
     print(f"{len(rgb)} frames; action dimensions that vary: {[row.nonzero()[:, 0].tolist() for row in actives]}; {time.time() - start:.0f} s so far")
     width, K = model.config.text_config.hidden_size, max(len(TASKS[env_id].stages) for env_id in env_ids)
@@ -421,16 +422,15 @@ def main(args: Args) -> None:
             scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / seconds, "time/update": seconds,
                         "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30}  # fmt: skip
             if step % 500 == 0:
-                print(f"update {step}: " + ", ".join(f"{key.split('/')[1]} {value:.4f}" for key, value in scalars.items()), flush=True)
+                print(f"update {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scalars.items()), flush=True)
             for key, value in scalars.items():
                 writer.add_scalar(key, value, step)
         if step % args.save_freq == 0 or step == args.num_updates:
             wall = time.time() - start
             state = {"script": "sft", "optimizer": optimizer.state_dict(), "heads": heads.state_dict(), "step": step, "history": history, "wall_s": wall}
             info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}
-            save_checkpoint(output, model, processor, info, state, {"separator": heads["separator"]} if (stages >= 0).any() else {})
+            save_checkpoint(output, model, processor, info, state, {"separator": heads["separator"]} if all(labelled) else {})
     progress.close()
-
     for env_id in env_ids if args.num_eval_episodes else []:
         begin = time.time()
         result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)

@@ -237,20 +237,24 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def load_separator(folder: Path, device: torch.device):
+def load_separator(folder: Path, env_id: str, device: torch.device):
     """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
-    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none."""
-    first = folder
-    while not (folder / "separator.safetensors").exists():
-        try:
-            folder = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
-            folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"no learned separator behind {first}: sft.py trains one on demonstrations that it makes itself") from None
-    weights = load_file(folder / "separator.safetensors", device=str(device))
+    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none for this task."""
+    chain = [folder]
+    try:
+        while not (chain[-1] / "separator.safetensors").exists():
+            before = Path(json.loads((chain[-1] / "args.json").read_text())["checkpoint"])
+            chain.append(before / "checkpoint" if (before / "checkpoint").is_dir() else before)
+            if chain[-1] in chain[:-1]:
+                raise KeyError("the chain of checkpoints is a circle")
+        if env_id not in json.loads((chain[-1] / "args.json").read_text())["env_id"].split(","):
+            raise KeyError(env_id)
+        weights = load_file(chain[-1] / "separator.safetensors", device=str(device))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        raise UserError(f"no learned separator of {env_id} behind {folder}: sft.py trains one on demonstrations that it makes itself") from None
     separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
     separator.load_state_dict(weights)
-    return folder, separator
+    return chain[-1], separator
 
 
 def task_stats(model, env_id: str) -> dict:
@@ -384,6 +388,8 @@ def main(args: Args) -> None:
     for name in ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "save_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.lora_rank < 0:
+        raise UserError(f"--lora-rank must be at least 0, not {args.lora_rank}")
     args.batch_size = args.num_envs * args.num_steps
     if args.batch_size % args.num_minibatches:
         raise UserError(f"num_envs * num_steps = {args.batch_size} does not divide by --num-minibatches {args.num_minibatches}")
@@ -413,7 +419,7 @@ def main(args: Args) -> None:
     seed_everything(args.seed)
     if args.lora_rank:
         vla.add_lora(model, args.lora_rank)
-    sft_folder, separator = load_separator(folder, device) if args.stage_source == "learned" else (None, None)
+    sft_folder, separator = load_separator(folder, args.env_id, device) if args.stage_source == "learned" else (None, None)
     sft_model = separator and load_policy(sft_folder, device)[0]
     reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0]  # without its adapter LoRA's model is the first
     active = ~vla.constant_dims(stats["action"])

@@ -2,8 +2,7 @@
 
     python sta_tpo.py --env-id PickCube-v1                    # from the newest sft.py run of this env, else the shipped checkpoint
     python sta_tpo.py --env-id PickCube-v1 --no-stage-aware   # plain TPO: whole trajectories, the ablation
-    python sta_tpo.py --env-id PickCube-v1 --output-dir RUN --export-pairs DIR                           # clips for a person to judge ...
-    python sta_tpo.py --env-id PickCube-v1 --output-dir RUN --resume --preferences DIR/pairs.jsonl       # ... and training on the verdicts
+    python sta_tpo.py --env-id PickCube-v1 --export-pairs DIR # clips for a person to judge; --preferences DIR/pairs.jsonl trains on the verdicts
 
   q(tau_k)  = mean over the steps of segment k of [ log pi(a_t|s_t) - log pi_ref(a_t|s_t) ]
   q^(tau_k) = q(tau_k) - lambda * l_k(tau_k)                      l_k: mean stage distance / L_k
@@ -19,6 +18,7 @@ import random
 import shutil
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -72,10 +72,9 @@ class Args:
     stage_aware: bool = True
     """pairs and q per stage (STA-TPO); off: one pair per two trajectories, whole-trajectory q (plain TPO)"""
     stage_source: Literal["rules", "learned"] = "rules"
-    """rules read the simulator's state; learned is the separator that sft.py trained on the SFT policy's features, decoded by Viterbi: no state, no
-    distances, so pairs by completion alone"""
+    """rules read the simulator's state; learned: sft.py's separator, decoded by Viterbi; it knows no distances, so pairs are by completion alone"""
     export_pairs: str = ""
-    """folder: write the pairs there as clips, left beside right, and pairs.jsonl with "preferred": null for a person to fill in, and stop"""
+    """folder: write the pairs there as clips, left beside right, and pairs.jsonl for a person to fill in, and stop"""
     preferences: str = ""
     """pairs.jsonl in which a person wrote "left", "right" or "tie": train on these instead (of the same run: --resume --output-dir)"""
     tpo_reduction: Literal["mean", "sum"] = "mean"
@@ -218,20 +217,24 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def load_separator(folder: Path, device: torch.device):
+def load_separator(folder: Path, env_id: str, device: torch.device):
     """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
-    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none."""
-    first = folder
-    while not (folder / "separator.safetensors").exists():
-        try:
-            folder = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
-            folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"no learned separator behind {first}: sft.py trains one on demonstrations that it makes itself") from None
-    weights = load_file(folder / "separator.safetensors", device=str(device))
+    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none for this task."""
+    chain = [folder]
+    try:
+        while not (chain[-1] / "separator.safetensors").exists():
+            before = Path(json.loads((chain[-1] / "args.json").read_text())["checkpoint"])
+            chain.append(before / "checkpoint" if (before / "checkpoint").is_dir() else before)
+            if chain[-1] in chain[:-1]:
+                raise KeyError("the chain of checkpoints is a circle")
+        if env_id not in json.loads((chain[-1] / "args.json").read_text())["env_id"].split(","):
+            raise KeyError(env_id)
+        weights = load_file(chain[-1] / "separator.safetensors", device=str(device))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        raise UserError(f"no learned separator of {env_id} behind {folder}: sft.py trains one on demonstrations that it makes itself") from None
     separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
     separator.load_state_dict(weights)
-    return folder, separator
+    return chain[-1], separator
 
 
 def task_stats(model, env_id: str) -> dict:
@@ -348,12 +351,13 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
     todo = [job for job, file in zip(jobs, files, strict=True) if not file.exists()]
     if not todo:
         return files
+    torch.manual_seed(args.seed * 1_000_003 + len(jobs) - len(todo))  # a stopped collection does not sample what it has sampled before
     progress = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="roll-outs", unit="episode", disable=None)
     device, N = next(model.parameters()).device, min(args.num_envs, len(todo))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the env processes are the parallelism
     envs = make_envs(args.env_id, N, 0)  # CPU physics: GPU simulation seeds a batch as a whole and cannot repeat one initial state
-    lengths = torch.tensor([stage.length for stage in envs.task.stage_table] + [1.0])
+    lengths, K = torch.tensor([stage.length for stage in envs.task.stage_table]), envs.num_stages
     queue = iter(todo)
     current = [next(queue) for _ in range(N)]
     obs, info = envs.reset(seed=[s for s, _ in current])
@@ -364,12 +368,13 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
         inputs = processor(obs["rgb"], [envs.task.instruction] * N, obs["proprio"], stats.get("proprio"), device)
         bins, _, _ = sample_action(model, inputs, active)
         next_obs, _, _, _, next_info = envs.step(vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins))
-        distance = info["stage_distance"].cpu() / lengths[info["stage"].cpu()]
         for i in range(N):
-            episodes[i].append((obs["rgb"][i].cpu(), obs["proprio"][i].cpu(), bins[i].cpu(), info["stage"][i].cpu(), distance[i]))
+            gaps = info["distances"][i].cpu() / lengths  # % K: an episode that begins in success begins in its first stage
+            episodes[i].append((obs["rgb"][i].cpu(), obs["proprio"][i].cpu(), bins[i].cpu(), info["stage"][i].cpu() % K, gaps))
             if next_info["_final_info"][i]:
                 if current[i]:
-                    rgb, proprio, steps, stage, gap = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
+                    rgb, proprio, steps, stage, gaps = (torch.stack(x) for x in zip(*episodes[i], strict=True))
+                    gap = gaps.gather(1, segment_stages(stage, K)[:, None])[:, 0]  # d_k / L_k of the segment's stage, which a drop does not change
                     name = f"{current[i][0]}_{current[i][1]}.npz"
                     np.savez(folder / f"tmp_{name}", rgb=rgb, proprio=proprio, bins=steps, stage=stage, distance=gap, init_seed=current[i][0],
                              success=bool(next_info["final_info"]["success"][i]))  # fmt: skip
@@ -402,10 +407,8 @@ def segment_rows(rollout: dict, stage: int, num_stages: int, stage_aware: bool) 
 
 
 def export_pairs(folder: Path, pairs: list[dict], rollouts: list[dict], names: list[str], task, args: Args) -> None:
-    """Writes a clip per pair, its two segments side by side in random order (the shorter one waits), and pairs.jsonl: a line per pair with
-    `clip`, `stage`, `stage_name`, `instruction`, `left` and `right` (roll-outs), `left_steps`, `right_steps` [first, last] and `preferred` null."""
-    if any(make_folder(folder).iterdir()):
-        raise UserError(f"{folder} is not empty: choose another --export-pairs")
+    """Writes a clip per pair, its two segments and the frame after each side by side in random order, and pairs.jsonl: a line per pair with `clip`,
+    `stage`, `stage_name`, `instruction`, `left` and `right` (roll-outs), `left_steps`, `right_steps` [first, last] and `preferred` null."""
     lines, rng = [], random.Random(args.seed)
     for p, pair in enumerate(tqdm(pairs, desc="clips", unit="pair", disable=None)):
         name = task.stages[pair["stage"]] if args.stage_aware else "trajectory"
@@ -413,7 +416,8 @@ def export_pairs(folder: Path, pairs: list[dict], rollouts: list[dict], names: l
         for side, i in zip(("left", "right"), rng.sample([pair["chosen"], pair["rejected"]], 2), strict=True):
             rows = segment_rows(rollouts[i], pair["stage"], len(task.stages), args.stage_aware)
             row |= {side: names[i], f"{side}_steps": [int(rows[0]), int(rows[-1])]}
-            films.append(np.repeat(np.repeat(rollouts[i]["rgb"][rows].numpy(), 3, 1), 3, 2))  # (T, 3 H, 3 W, 3)
+            frames = rollouts[i]["rgb"][rows[0] : rows[-1] + 2].numpy()  # the frame after shows the event
+            films.append(np.repeat(np.repeat(frames, 3, 1), 3, 2))  # (T, 3 H, 3 W, 3)
         gap = np.full((films[0].shape[1], 12, 3), 255, np.uint8)
         with imageio.get_writer(folder / row["clip"], fps=10, macro_block_size=None) as writer:
             for t in range(max(map(len, films))):
@@ -424,38 +428,34 @@ def export_pairs(folder: Path, pairs: list[dict], rollouts: list[dict], names: l
 
 
 def read_preferences(path: Path, rollouts: list[dict], names: list[str], num_stages: int, stage_aware: bool) -> list[dict]:
-    """Pairs that a person has judged, as build_stage_pairs returns them (reason "human"). A tie is a pair in either order: their gradients cancel
-    where both are equally likely. Raises UserError that names the line when one cannot be read, and when none is filled in."""
+    """Pairs that a person has judged, as build_stage_pairs returns them (reason "human", no cost). A tie is a pair in either order: their gradients
+    cancel where q is the same. Raises UserError that names the line when one cannot be read, and when none is filled in."""
     index, pairs, filled = {name: i for i, name in enumerate(names)}, [], 0
-    try:
-        lines = [(n, line) for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    lines = [(n, line) for n, line in enumerate(path.read_text(errors="replace").splitlines(), 1) if line.strip()]
     for n, line in lines:
         try:
             row = json.loads(line)
-            stage, verdict, sides = int(row["stage"]), row["preferred"], [index[row[side]] for side in ("left", "right")]
+            stage, verdict, sides = row["stage"], row["preferred"], [index[row[side]] for side in ("left", "right")]
             steps = [segment_rows(rollouts[i], stage, num_stages, stage_aware).tolist() for i in sides]
             same = [[rows[0], rows[-1]] for rows in steps] == [row["left_steps"], row["right_steps"]]
-        except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
             raise UserError(f"{path} line {n} cannot be read: {type(error).__name__} {error}; it must name two roll-outs of this run and a stage") from None
-        if not same or len({rollouts[i]["init_seed"] for i in sides}) > 1:
+        if not same or sides[0] == sides[1] or len({rollouts[i]["init_seed"] for i in sides}) > 1:
             raise UserError(f"{path} line {n} is not a pair of this run: train with the flags and the --output-dir of --export-pairs")
         if verdict not in ("left", "right", "tie", None):
             raise UserError(f'{path} line {n}: "preferred" is {verdict!r}, not "left", "right", "tie" or null')
         filled += verdict is not None
-        costs = [float(rollouts[i]["distance"][rows].double().mean()) for i, rows in zip(sides, steps, strict=True)]
         for a, b in {"left": [(0, 1)], "right": [(1, 0)], "tie": [(0, 1), (1, 0)], None: []}[verdict]:
-            pairs.append({"stage": stage, "chosen": sides[a], "rejected": sides[b], "reason": "human", "cost_chosen": costs[a], "cost_rejected": costs[b]})
+            pairs.append({"stage": stage, "chosen": sides[a], "rejected": sides[b], "reason": "human", "cost_chosen": 0.0, "cost_rejected": 0.0})
     if not pairs:
         raise UserError(f'{path} has no verdict yet: write "left", "right" or "tie" behind "preferred"')
     print(f"{filled} of {len(lines)} lines of {path} are filled in")
     return pairs
 
 
-def tpo_symptoms(first: dict, now: dict) -> list[str]:
-    """Lines that name what is wrong, from the logged scalars of the run's first update and of the present one."""
-    wrong = now["logps/chosen"] < first["logps/chosen"] - 1 and now["rewards/margins"] > first["rewards/margins"]
+def tpo_symptoms(chosen_shift: float, margin: float) -> list[str]:
+    """Lines that name what is wrong. chosen_shift: nats by which the winners' actions have become more likely than under the reference."""
+    wrong = chosen_shift < -1 and margin > 0
     return ["logps/chosen falls while the margin grows: both sides are pushed down, the rejected one more; lower --learning-rate or raise --beta"] * wrong
 
 
@@ -477,22 +477,24 @@ def main(args: Args) -> None:
     if others:
         raise UserError("--env-id takes one task here; sft.py and eval.py take several")
     task = stare_utils.get_task(args.env_id)
-    for name in ("num_envs", "num_initial_states", "num_epochs", "batch_size", "chunk_size", "save_freq"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.rollouts_per_state < 2:
-        raise UserError(f"--rollouts-per-state must be at least 2 to make pairs, not {args.rollouts_per_state}")
+    least = {name: 1 for name in ("num_envs", "num_initial_states", "max_pairs_per_stage", "num_epochs", "batch_size", "chunk_size", "save_freq")}
+    for name, value in {**least, "rollouts_per_state": 2, "lora_rank": 0}.items():
+        if getattr(args, name) < value:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {value}, not {getattr(args, name)}")
+    if args.preferences and (args.export_pairs or not Path(args.preferences).is_file()):
+        raise UserError(f"cannot read {args.preferences}: --preferences takes the pairs.jsonl of an earlier --export-pairs")
+    if args.export_pairs and any(make_folder(args.export_pairs).iterdir()):
+        raise UserError(f"{args.export_pairs} is not empty: choose another --export-pairs")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    # roll-outs and reference belong to one policy: a resumed run keeps it
-    record, resume = Path(args.output_dir) / "source.txt", args.resume and args.output_dir
+    record, resume = Path(args.output_dir) / "source.txt", args.resume and args.output_dir  # a resumed run keeps its roll-outs' policy
     recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir), "sta_tpo") if resume else None
-    if recorded and args.checkpoint and Path(recorded) != load_policy(args.checkpoint, device)[2]:
+    if recorded and args.checkpoint and Path(recorded).resolve() != load_policy(args.checkpoint, device)[2].resolve():
         raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {args.checkpoint}: choose another --output-dir")
     if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text()).get("lora_rank", 0)) != args.lora_rank:
         raise UserError(f"{args.output_dir} was begun with --lora-rank = {begun}, not {args.lora_rank}: resume with the same")
     source = recorded or args.checkpoint or find_checkpoint(args.env_id, ("sft",))
     model, processor, source = load_policy(source, device)
-    sft_folder, separator = load_separator(source, device) if args.stage_source == "learned" else (source, None)
+    sft_folder, separator = load_separator(source, args.env_id, device) if args.stage_source == "learned" else (source, None)
     sft_model = model if sft_folder == source else load_policy(sft_folder, device)[0]
     stats = task_stats(model, args.env_id)
     active = ~vla.constant_dims(stats["action"])
@@ -523,20 +525,23 @@ def main(args: Args) -> None:
         pairs = read_preferences(Path(args.preferences), rollouts, names, K, args.stage_aware)
     if not pairs:
         raise UserError("no pair: all roll-outs ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a better policy")
+    digest = zlib.crc32(json.dumps([pairs, args.batch_size]).encode())
+    if state and state["pairs"] != digest:
+        raise UserError(f"{output} was trained on other pairs or batches: remove {output / 'checkpoint'} to train anew, or choose another --output-dir")
     print_pairs(pairs, rollouts, stages)
     if args.export_pairs:
         export_pairs(Path(args.export_pairs), pairs, rollouts, names, task, args)
-        print(f"wrote {len(pairs)} clips; fill in {args.export_pairs}/pairs.jsonl, then go on with: python sta_tpo.py --env-id {args.env_id} "
-              f"--output-dir {output} --resume --preferences {args.export_pairs}/pairs.jsonl")  # fmt: skip
+        print(f"wrote {len(pairs)} clips. Fill in {args.export_pairs}/pairs.jsonl, then give this command again with --output-dir {output} --resume "
+              f"--preferences {args.export_pairs}/pairs.jsonl in place of --export-pairs")  # fmt: skip
         return writer.close()
     # What the roll-outs say about each stage, logged once: share that completed it, mean steps, mean cost of those that entered it
     for k, name in enumerate(task.stages):
         rows = [segment_rows(rollout, k, K, True) for rollout in rollouts]
         completed = [rollout["success"] or segment_stages(rollout["stage"], K).max() > k for rollout in rollouts]
         costs = [float(rollout["distance"][r].mean()) for rollout, r in zip(rollouts, rows, strict=True) if len(r)]
-        for key, value in {"reached": np.mean(completed), "steps": np.mean([len(r) for r in rows]), "cost": np.mean(costs or math.nan)}.items():
-            writer.add_scalar(f"stage/{k}_{name}_{key}", value, 0)
-
+        for key, values in {"reached": completed, "steps": [len(r) for r in rows], "cost": costs}.items():
+            if values:
+                writer.add_scalar(f"stage/{k}_{name}_{key}", np.mean(values), 0)
     # Steps of the pairs in one flat list; `where[rollout, stage]` are the places of a segment's steps in it
     where, flat, used = {}, {name: [] for name in ("rgb", "proprio", "bins")}, 0
     for i, k in sorted({(pair[side], pair["stage"]) for pair in pairs for side in ("chosen", "rejected")}):
@@ -551,7 +556,6 @@ def main(args: Args) -> None:
     def logprobs(steps: torch.Tensor) -> torch.Tensor:
         """Log-probability (B,) fp32 of the actions taken at these steps (B,)."""
         return action_logprob(model, policy_inputs(flat, steps), flat["bins"][steps].to(device), active)[0]
-
     with torch.no_grad():  # the reference is the policy before its first step
         ref_logprobs = torch.cat([logprobs(steps).cpu() for steps in tqdm(torch.arange(used).split(args.chunk_size), desc="reference", disable=None)])
     if state and not args.lora_rank:
@@ -561,11 +565,11 @@ def main(args: Args) -> None:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     updates_per_epoch = math.ceil(len(pairs) / args.batch_size)
-    step, first, warned = 0, {}, set()
+    step, warned = 0, set()
     if state:
         optimizer.load_state_dict(state["optimizer"])
         model.load_state_dict(state["adapter"], strict=False)
-        step, first, start = state["step"], state["first"], start - state["wall_s"]
+        step, start = state["step"], start - state["wall_s"]
 
     progress = tqdm(total=args.num_epochs * updates_per_epoch, initial=step, desc="sta_tpo", unit="update", disable=None)
     while step < args.num_epochs * updates_per_epoch:
@@ -588,7 +592,6 @@ def main(args: Args) -> None:
         cost_chosen, cost_rejected = (torch.tensor([pair[f"cost_{side}"] for pair in mb_pairs]).double() for side in ("chosen", "rejected"))
         losses, chosen_rewards, rejected_rewards = sta_tpo_loss(q_chosen, q_rejected, cost_chosen, cost_rejected, args.beta, -args.cost_sign * args.cost_coef)
         losses.mean().backward()
-
         # Pass 2, a chunk at a time: d loss / d theta = sum over steps of weight_t * d log pi(a_t|s_t) / d theta, exact because nothing
         # changed since pass 1 (no dropout, no optimiser step); a step's weight sums over all pairs that share it
         weight = torch.zeros(len(mb_steps), dtype=torch.double).index_add(0, place, share * q.grad[owner]).float().to(device)
@@ -598,14 +601,14 @@ def main(args: Args) -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         optimizer.step()
         step += 1
-
         margins = (chosen_rewards - rejected_rewards).detach()
-        segment_logp = torch.zeros(len(segments), dtype=torch.double).index_add(0, owner, new_logprobs.double()[place] / lengths[owner])
+        both = torch.stack([new_logprobs.double(), logratio], -1)[place] / lengths[owner, None]
+        logp, shift = torch.zeros(len(segments), 2, dtype=torch.double).index_add(0, owner, both).unbind(-1)  # (2P,) each: mean over the segment
         scalars = {
             "losses/tpo_loss": losses.mean().item(), "losses/grad_norm": grad_norm.item(), "charts/learning_rate": args.learning_rate,
             "rewards/chosen": chosen_rewards.mean().item(), "rewards/rejected": rejected_rewards.mean().item(), "rewards/margins": margins.mean().item(),
             "rewards/accuracies": (margins > 0).double().mean().item(),
-            "logps/chosen": segment_logp[: len(mb_pairs)].mean().item(), "logps/rejected": segment_logp[len(mb_pairs) :].mean().item(),
+            "logps/chosen": logp[: len(mb_pairs)].mean().item(), "logps/rejected": logp[len(mb_pairs) :].mean().item(),
             "charts/SPS": len(mb_steps) / (time.time() - time_update), "time/rollout": time_rollout, "time/update": time.time() - time_update,
             "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
         }  # fmt: skip
@@ -615,28 +618,25 @@ def main(args: Args) -> None:
                 scalars[f"stage/{k}_{name}_margin"] = margins[mine].mean().item()
         for key, value in scalars.items():
             writer.add_scalar(key, value, step)
-        first = first or scalars
-        for line in set(tpo_symptoms(first, scalars)) - warned:
+        for line in set(tpo_symptoms(shift[: len(mb_pairs)].mean().item(), margins.mean().item())) - warned:
             print(f"warning: {line}")
             warned.add(line)
         progress.update()
-        progress.set_postfix_str(f"loss {scalars['losses/tpo_loss']:.3f} accuracy {scalars['rewards/accuracies']:.2f}")
         if step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch:
             wall = time.time() - start
             method = "STA-TPO" if args.stage_aware else "TPO"
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": env_steps, "wall_s": round(wall, 1)}
             adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
-            state = {"script": "sta_tpo", "optimizer": optimizer.state_dict(), "adapter": adapter, "step": step, "first": first, "wall_s": wall}
+            state = {"script": "sta_tpo", "optimizer": optimizer.state_dict(), "adapter": adapter, "step": step, "pairs": digest, "wall_s": wall}
             save_checkpoint(output, model, processor, info, state)
             print(f"update {step}: loss {scalars['losses/tpo_loss']:.4f} margin {scalars['rewards/margins']:+.3f} accuracy {scalars['rewards/accuracies']:.2f}")
     progress.close()
-
     if args.num_eval_episodes:
         begin = time.time()
         result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs)
-        scalars = {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
-        for key, value in {**scalars, "time/eval": time.time() - begin}.items():
-            writer.add_scalar(key, value, step)
+        writer.add_scalar("time/eval", time.time() - begin, step)
+        for key in [key for key, value in result.items() if isinstance(value, float)]:
+            writer.add_scalar(f"eval/{key}", result[key], step)
         print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")

@@ -47,7 +47,6 @@ TRAIN_JITTER = 0.02  # m: how far from SimplerEnv's grid, which evaluation plays
 class UserError(Exception):
     """A mistake that a user can make. Scripts print its one line and exit with code 2."""
 
-
 # ------------------------------------------------------------ Tasks ------------------------------------------------------------
 @dataclass(frozen=True)
 class Arm:
@@ -336,18 +335,19 @@ def stage_potential(distance: Tensor, length: Tensor, form: str = "sigmoid") -> 
     return torch.sigmoid(1 - distance / length) / torch.sigmoid(torch.tensor(1.0))
 
 def stage_signals(task: Task, state: State, success: Tensor, potential: str, across: str) -> dict[str, Tensor]:
-    """What the state says about the stages: `stage` (N,) long in 0..K, `stage_distance` (N,) metres (0 at success),
+    """What the state says about the stages: `stage` (N,) long in 0..K, `stage_distance` (N,) metres (0 at success), `distances` (N, K) of every stage,
     `potential` (N,) = Phi(s). `stage` is the largest k whose entry condition holds; lower ones need not.
     across="offset": Phi = k + phi_k, K at success, so that Phi never falls at a stage switch. across="bare": the paper's phi_k alone."""
     K = len(task.stage_table)
     entered = torch.stack([stage.entry(state) for stage in task.stage_table[1:]], -1)  # (N, K - 1)
     stage = (entered * torch.arange(1, K, device=entered.device)).amax(-1)  # (N,)
-    distance = torch.stack([stage.distance(state) for stage in task.stage_table], -1).gather(-1, stage[:, None])[:, 0]  # (N,)
+    distances = torch.stack([stage.distance(state) for stage in task.stage_table], -1)  # (N, K)
+    distance = distances.gather(-1, stage[:, None])[:, 0]  # (N,)
     length = torch.tensor([stage.length for stage in task.stage_table], device=distance.device)[stage]
     phi = stage_potential(distance, length, potential)
     stage, distance = torch.where(success, K, stage), torch.where(success, 0.0, distance)
     phi = torch.where(success, 0.0 if across == "offset" else 1.0, phi)
-    return {"stage": stage, "stage_distance": distance, "potential": stage + phi if across == "offset" else phi}
+    return {"stage": stage, "stage_distance": distance, "distances": distances, "potential": stage + phi if across == "offset" else phi}
 
 def segment_stages(stage: Tensor, num_stages: int) -> Tensor:
     """Cuts trajectories by the first entry into each stage: the running maximum of the labels, clipped to K - 1.

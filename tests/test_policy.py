@@ -1,4 +1,6 @@
 """The model: sampling and teacher forcing agree, a checkpoint is the whole policy, imitation learns."""
+import json
+
 import pytest
 import torch
 from conftest import STATS, frames, prompt, tiny_model
@@ -126,11 +128,14 @@ def test_a_separator_is_found_along_the_chain_of_checkpoints(checkpoint, tmp_pat
     for name, source in (("tpo", checkpoint / "checkpoint"), ("ppo", tmp_path / "tpo")):  # a checkpoint, or the run folder that holds it
         (tmp_path / name).mkdir()
         sta_ppo.save_checkpoint(tmp_path / name, *tiny_model(), {"checkpoint": str(source)}, {})
-    folder, separator = sta_ppo.load_separator(tmp_path / "ppo/checkpoint", torch.device("cpu"))
+    folder, separator = sta_ppo.load_separator(tmp_path / "ppo/checkpoint", "PickCube-v1", torch.device("cpu"))
     assert folder == checkpoint / "checkpoint" and separator.weight.shape == (4, 64) and not separator.weight.requires_grad
-    (tmp_path / "ppo/checkpoint/args.json").write_text("{}")
-    with pytest.raises(stare_utils.UserError, match="no learned separator"):
-        sta_ppo.load_separator(tmp_path / "ppo/checkpoint", torch.device("cpu"))
+    circle = json.dumps({"checkpoint": str(tmp_path / "ppo")})
+    for env_id, args in (("PushCube-v1", None), ("PickCube-v1", "{}"), ("PickCube-v1", "[]"), ("PickCube-v1", '{"checkpoint": null}'), ("PickCube-v1", circle)):
+        if args:
+            (tmp_path / "ppo/checkpoint/args.json").write_text(args)
+        with pytest.raises(stare_utils.UserError, match="no learned separator of " + env_id):
+            sta_ppo.load_separator(tmp_path / "ppo/checkpoint", env_id, torch.device("cpu"))
 
 
 def test_a_separator_is_measured_against_the_rules():

@@ -122,7 +122,7 @@ def test_learned_stages_shape_the_reward_and_the_simulator_s_potential_is_not_re
     monkeypatch.setattr(envs, "reset", blind_reset)
     monkeypatch.setattr(envs, "step", blind_step)
     monkeypatch.setattr(sta_ppo, "shape_rewards", shape_and_record)
-    folder, separator = sta_ppo.load_separator(checkpoint / "checkpoint", torch.device("cpu"))
+    folder, separator = sta_ppo.load_separator(checkpoint / "checkpoint", "PickCube-v1", torch.device("cpu"))
     model, processor, _ = sta_ppo.load_policy(folder, torch.device("cpu"))
     hidden_of = torch.no_grad()(lambda obs: model(**prompt(processor, obs), logits_to_keep=1).last_hidden_state[:, -1])
     separator.bias.data = -separator.weight @ hidden_of(reset(1)[0]).mean(0)  # an untrained one would see one stage everywhere
