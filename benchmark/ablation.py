@@ -44,7 +44,9 @@ def difference(a: list[dict], b: list[dict]) -> str:
     means add up. A method of one training seed (SFT) stands against each of the other's."""
     first, second = (np.array([[int(x) for x in row["successes"]] for row in sorted(rows, key=lambda row: row["seed"])]) for rows in (a, b))
     diff = second - first  # (seeds, episodes)
-    error = np.sqrt(diff.mean(1).var(ddof=1) / len(diff) + diff.mean(0).var(ddof=1) / diff.shape[1]) if len(diff) > 1 else np.nan
+    if len(diff) < 2:
+        return f"{100 * diff.mean():+.1f}, one training seed"
+    error = np.sqrt(diff.mean(1).var(ddof=1) / len(diff) + diff.mean(0).var(ddof=1) / diff.shape[1])
     return f"{100 * diff.mean():+.1f} [{100 * (diff.mean() - 1.96 * error):+.1f}, {100 * (diff.mean() + 1.96 * error):+.1f}]"
 
 
@@ -64,7 +66,7 @@ def table(env_id: str, methods: dict[str, list[dict]]) -> str:
             lines.append(f"| {method} | not run | | | | | |")
     lines += ["", "| difference, points [95 %] | |", "|---|---|"]
     lines += [f"| {b} - {a} | {difference(methods[a], methods[b])} |" for a, b in COMPARED if a in methods and b in methods
-              and len(methods[a]) in (1, len(methods[b]))]  # fmt: skip
+              and (a == "SFT" or {row["seed"] for row in methods[a]} == {row["seed"] for row in methods[b]})]  # fmt: skip
     return "\n".join([f"**{env_id}**", "", *lines])
 
 

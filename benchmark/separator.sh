@@ -6,10 +6,10 @@ cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
 PUSH=runs/PushCube-v1__sft__1__separator
-[ -d "$PUSH/checkpoint" ] || "$PYTHON" sft.py --env-id PushCube-v1 --output-dir "$PUSH" --num-demos 100 --num-updates 600 --num-eval-episodes 0
+[ -d "$PUSH/checkpoint" ] || "$PYTHON" sft.py --env-id PushCube-v1 --output-dir "$PUSH" --num-demos 60 --num-updates 400 --num-eval-episodes 0
 for CHECKPOINT in checkpoints/{StackCube-v1,LiftPegUpright-v1,PickCube-v1}__sft "$PUSH"; do
   OUT=runs/separator/$(basename "$CHECKPOINT")
-  [ -f "$OUT/results.json" ] || "$PYTHON" eval.py --checkpoint "$CHECKPOINT" --num-eval-episodes 60 --num-envs 6 --output-dir "$OUT" >&2
+  [ -f "$OUT/results.json" ] || "$PYTHON" eval.py --checkpoint "$CHECKPOINT" --num-eval-episodes 40 --num-envs 8 --output-dir "$OUT" >&2
   "$PYTHON" -c 'import json, sys; row = json.load(open(sys.argv[1])); row.pop("episodes"); print(json.dumps(row))' "$OUT/results.json"
 done > docs/separator.jsonl.tmp
 mv docs/separator.jsonl.tmp docs/separator.jsonl

@@ -64,7 +64,7 @@ def separator() -> str:
         read = row["separator"]
         lines.append(f"| {row['env_id']} | {success(row)} | {100 * read['causal_accuracy']:.1f} % | {100 * read['viterbi_accuracy']:.1f} % | "
                      f"{read['boundary_error']:.2f} | {100 * read['boundary_missed']:.1f} % | {read['num_steps']} |")  # fmt: skip
-    return "\n".join([*lines, "", "`benchmark/separator.sh`: 60 greedy episodes of one SFT policy per task."])
+    return "\n".join([*lines, "", "`benchmark/separator.sh`: 40 greedy episodes of one SFT policy per task."])
 
 
 def main(runs: list[str]) -> None:

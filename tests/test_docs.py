@@ -41,5 +41,7 @@ def test_flags_in_the_docs_exist(page):
     scripts = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo, "eval": evaluation}
     for name, line in re.findall(r"python (sft|sta_tpo|sta_ppo|eval)\.py([^`\n#]*)", page.read_text()):
         for flag in re.findall(r"--([a-z-]+)", line):
+            if flag == "help":
+                continue
             field = flag.removeprefix("no-").replace("-", "_")
             assert field in scripts[name].Args.__dataclass_fields__, f"{name}.py --{flag}"
