@@ -12,9 +12,12 @@ run() { echo "$(date -u +%H:%M:%S) $*"; "$PYTHON" "$@"; }
 evaluate() { [ -f "$1/results.json" ] || run eval.py --checkpoint "$1" --num-eval-episodes 200 --num-envs 6; }
 
 for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1}; do
-  SFT=runs/${ENV_ID}__sft__1__ablation
-  [ -f "$SFT/results.json" ] || run sft.py --env-id "$ENV_ID" --output-dir "$SFT" --resume --num-demos 400 --num-updates 1500 --num-eval-episodes 0
-  evaluate "$SFT"
+  SFT=checkpoints/${ENV_ID}__sft # the shipped ones of both tasks were made by the next lines
+  if [ ! -d "$SFT" ]; then
+    SFT=runs/${ENV_ID}__sft__1__ablation
+    [ -f "$SFT/results.json" ] || run sft.py --env-id "$ENV_ID" --output-dir "$SFT" --resume --num-demos 400 --num-updates 1500 --num-eval-episodes 0
+    evaluate "$SFT"
+  fi
   COMMON=(--env-id "$ENV_ID" --checkpoint "$SFT" --resume --num-eval-episodes 0)
   for SEED in ${SEEDS:-1 2 3}; do
     for METHOD in stare sparse dense; do
