@@ -72,6 +72,7 @@ def table(env_id: str, methods: dict[str, list[dict]]) -> str:
 
 def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
     """docs/ablation.svg: sampled success of the PPOs while they train, by env steps and by wall time; greedy success at the end as points."""
+    tasks = {env_id: methods for env_id, methods in tasks.items() if len(methods) > 1}
     figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 3.4 * len(tasks)), squeeze=False, sharey="row")
     for row, (env_id, methods) in zip(axes, tasks.items()):
         for axis, x, label in ((row[0], 0, "env steps"), (row[1], 1, "seconds of roll-outs and updates")):
