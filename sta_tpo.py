@@ -519,10 +519,10 @@ def main(args: Args) -> None:
                 hidden = sft_model(**policy_inputs(rollout, torch.arange(len(rollout["stage"]))), logits_to_keep=1).last_hidden_state[:, -1]
                 rollout["stage"] = decode_stages(separator(hidden.float())[:, :K].log_softmax(-1).cpu())
                 rollout["distance"] = torch.zeros(len(rollout["stage"]))
-    # STARE: pairs per stage, of roll-outs that both finished the stage before
-    pairs = build_stage_pairs(rollouts, K, args.cost_margin, args.max_pairs_per_stage, args.stage_aware)
     if args.preferences:
         pairs = read_preferences(Path(args.preferences), rollouts, names, K, args.stage_aware)
+    else:  # STARE: pairs per stage, of roll-outs that both finished the stage before
+        pairs = build_stage_pairs(rollouts, K, args.cost_margin, args.max_pairs_per_stage, args.stage_aware)
     if not pairs:
         raise UserError("no pair: all roll-outs ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a better policy")
     digest = zlib.crc32(json.dumps([pairs, args.batch_size]).encode())

@@ -575,8 +575,8 @@ class ProcessEnv(gym.Env):
         self.index, self.env = index, StageEnv(env_id, 1, "cpu", seed, **kwargs)
         obs, _ = self.env.reset()
         self.env.next_seed = [seed]
-        span = {"rgb": (0, 255), "proprio": (-np.inf, np.inf)}
-        self.observation_space = gym.spaces.Dict({name: gym.spaces.Box(*span[name], x.shape[1:], x.numpy().dtype.type) for name, x in obs.items()})
+        low_high = {"rgb": (0, 255), "proprio": (-np.inf, np.inf)}
+        self.observation_space = gym.spaces.Dict({name: gym.spaces.Box(*low_high[name], x.shape[1:], x.numpy().dtype.type) for name, x in obs.items()})
         self.action_space = self.env.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -597,8 +597,8 @@ class ProcessEnv(gym.Env):
 
     @classmethod
     def first(cls, batch: dict) -> dict:
-        return {name.replace("final_obs", "ended_obs"): cls.first(x) if isinstance(x, dict) else x[0].numpy()  # gymnasium leaves "final_obs" unbatched
-                for name, x in batch.items() if name != "_final_info"}  # fmt: skip
+        rename = {"final_obs": "ended_obs"}  # gymnasium would leave that one unbatched
+        return {rename.get(name, name): cls.first(x) if isinstance(x, dict) else x[0].numpy() for name, x in batch.items() if name != "_final_info"}
 
 
 class StageVectorEnv:
