@@ -190,8 +190,9 @@ def test_demonstrations_made_by_maniskills_own_tools_train_a_policy(obs_mode, tm
     replayed = folder / f"planned.{obs_mode}.pd_ee_delta_pose.physx_cpu.h5"
     with pytest.raises(stare_utils.UserError, match="convert it with"):
         sft.read_demos(folder / "planned.h5", "PushCube-v1", 9)
-    rgb, proprio, actions, where = sft.read_demos(replayed, "PushCube-v1", 9)
-    assert len(rgb) == len(actions) > 40 and rgb.float().std() > 10 and actions.abs().max() <= 1 + 1e-6
+    rgb, proprio, actions, where, stage = sft.read_demos(replayed, "PushCube-v1", 9)
+    assert len(rgb) == len(actions) == len(stage) > 40 and (stage == -1).all()  # nobody recorded the contact forces
+    assert rgb.float().std() > 10 and actions.abs().max() <= 1 + 1e-6
     assert where[:, :3].norm(dim=-1).min() < 0.1  # the tool comes near the cube
     call(sft, "--env-id", "PushCube-v1", "--demo-path", replayed, "--num-updates", 60, "--warmup-updates", 10, "--batch-size", 16, "--num-eval-episodes", 0,
          "--output-dir", tmp_path / "run", "--no-cuda")  # fmt: skip
