@@ -11,11 +11,13 @@ Architecture: openvla/openvla@c8f03f4 (prismatic/extern/hf) and timm's ViT names
 import contextlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -303,6 +305,20 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         kept = hidden.last_hidden_state[:, -logits_to_keep:]  # -0: all of them
         return OpenVLAOutput(logits=self.language_model.lm_head(kept), last_hidden_state=kept, past_key_values=hidden.past_key_values)
 
+    @classmethod
+    def from_pretrained(cls, folder, *args, output_loading_info: bool = False, **kwargs):
+        """As ever, but ValueError unless each weight of the model is in the folder's files and is what they hold: transformers 5.0.0 loads other
+        values where it initialises what it has loaded, and a missing one is only logged."""
+        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        wrong, weights = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}, model.state_dict()
+        for file in Path(folder).glob("model*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                held = {name: weights[name] for name in tensors.keys() if name in weights}
+                wrong |= {name for name, weight in held.items() if not torch.equal(weight.cpu(), tensors.get_tensor(name).to(weight.dtype))}
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights are not those of its files, {min(wrong)} for example: a part is missing, or transformers has changed them")
+        return (model, info) if output_loading_info else model
+
     def save_pretrained(self, folder, **kwargs) -> None:
         """As ever, but LoRA matrices (`add_lora`) are merged into what is written: a checkpoint is always a whole model."""
         state = {name.replace(".base_layer.", "."): value for name, value in self.state_dict().items() if ".lora_" not in name}
@@ -343,8 +359,9 @@ def lora_off(model: OpenVLAForActionPrediction):
 # ---------------------------------------------------------------------------------------------------------------------
 # The processor
 # ---------------------------------------------------------------------------------------------------------------------
-class OpenVLAImageProcessor(BaseImageProcessor):
-    """Reads openvla-7b's `preprocessor_config.json`: one resize, then one normalisation per tower, stacked on the channel axis."""
+class PrismaticImageProcessor(BaseImageProcessor):
+    """Reads openvla-7b's `preprocessor_config.json`: one resize, then one normalisation per tower, stacked on the channel axis. This class and the
+    next have the names of the published ones, so that the Auto classes take them for a published folder instead of its remote code."""
 
     model_input_names = ["pixel_values"]
 
@@ -362,7 +379,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": ((x[:, None] / 255 - mean) / std).flatten(1, 2)})
 
 
-class OpenVLAProcessor(ProcessorMixin):
+class PrismaticProcessor(ProcessorMixin):
     """Prompt, image and proprioception -> the model's inputs."""
 
     attributes = ["image_processor", "tokenizer"]
@@ -396,7 +413,7 @@ class OpenVLAProcessor(ProcessorMixin):
         return inputs
 
 
-def tiny_processor(texts: list[str], vocab_size: int = 512, image_size: int = 128) -> OpenVLAProcessor:
+def tiny_processor(texts: list[str], vocab_size: int = 512, image_size: int = 128) -> PrismaticProcessor:
     """Processor of the tiny model: byte-level BPE trained on `texts` (the instructions), so that each of their words is about one token
     and any other text is still readable. Ids from `vocab_size` on are the action bins."""
     tokenizer = Tokenizer(models.BPE())
@@ -407,10 +424,10 @@ def tiny_processor(texts: list[str], vocab_size: int = 512, image_size: int = 12
     )
     tokenizer.train_from_iterator([prompt.format(instruction=text) for text in texts], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", model_max_length=128)
-    return OpenVLAProcessor(OpenVLAImageProcessor(input_sizes=[[3, image_size, image_size]]), fast, prompt)
+    return PrismaticProcessor(PrismaticImageProcessor(input_sizes=[[3, image_size, image_size]]), fast, prompt)
 
 
 AutoConfig.register("openvla", OpenVLAConfig)
 AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction)
-AutoImageProcessor.register(OpenVLAConfig, slow_image_processor_class=OpenVLAImageProcessor)
-AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor)
+AutoImageProcessor.register(OpenVLAConfig, slow_image_processor_class=PrismaticImageProcessor)
+AutoProcessor.register(OpenVLAConfig, PrismaticProcessor)

@@ -24,8 +24,8 @@ def two_towers():
     config = vla.OpenVLAConfig(text, list(vla.TOWERS), image_sizes=[28, 28], vit_overrides={"width": 32, "blocks": 2, "heads": 2, "mlp": 64})
     model, small = vla.OpenVLAForActionPrediction(config).eval(), vla.tiny_processor(RAGGED)
     model.language_model.lm_head.weight.data *= 10
-    images = vla.OpenVLAImageProcessor([[3, 28, 28]] * 2, [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3])
-    return model, vla.OpenVLAProcessor(images, small.tokenizer, small.prompt)
+    images = vla.PrismaticImageProcessor([[3, 28, 28]] * 2, [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3])
+    return model, vla.PrismaticProcessor(images, small.tokenizer, small.prompt)
 
 
 @pytest.mark.parametrize("make", [tiny_model, two_towers])
