@@ -66,7 +66,7 @@ class Args:
 
     reward: Literal["stare", "sparse", "dense"] = "stare"
     """stare: success plus shaping by the stage potential; sparse: success alone (plain PPO); dense: ManiSkill's normalized_dense, which pays
-    every step and therefore does not end an episode at success"""
+    every step; it therefore does not end an episode at success, and is divided by the horizon, so that an episode pays 1 at most, as with the others"""
     shaping_weight: float = -1.0
     """w; negative: 1 / K, so that w * Phi in [0, 1] is a first guess of the value; 0 equals --reward sparse bit for bit"""
     potential: Literal["sigmoid", "linear"] = "sigmoid"
@@ -403,6 +403,8 @@ def main(args: Args) -> None:
     K = len(task.stages)
     # STARE: weight of the stage reward. w = 1 / K keeps w * Phi in [0, 1], the value's own range: success never looks like a loss to a fresh critic
     weight = {"stare": 1 / K if args.shaping_weight < 0 else args.shaping_weight, "sparse": 0.0, "dense": 0.0}[args.reward]
+    # A dense reward would make V ten times that of the others, and its loss drown the policy's in the gradient's norm
+    reward_scale = 1 / task.max_episode_steps if args.reward == "dense" else 1.0
     if weight * (K if args.potential_across_stages == "offset" else 1) > 1 and args.critic_warmup == 0:
         print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
     device, threads = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), torch.get_num_threads()
@@ -527,7 +529,9 @@ def main(args: Args) -> None:
                 next_potentials[t, ended] = stage_of(final_obs, final)[1][ended]
                 final_values[t, ended] = value_of({name: value[ended] for name, value in final_obs.items()})
             # STARE: the stage reward enters here; w = 0 leaves plain PPO
-            rewards[t] = shape_rewards(env_rewards[t], potentials[t], next_potentials[t], terminated[t], args.gamma, weight) if weight else env_rewards[t]
+            rewards[t] = reward_scale * env_rewards[t]
+            if weight:
+                rewards[t] = shape_rewards(rewards[t], potentials[t], next_potentials[t], terminated[t], args.gamma, weight)
             so_far["returns"] += torch.stack([env_rewards[t].cpu(), args.gamma**age * rewards[t].cpu()], -1)
             for i in ended.nonzero()[:, 0].tolist():
                 if counts[i] > 0:

@@ -306,10 +306,10 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return OpenVLAOutput(logits=self.language_model.lm_head(kept), last_hidden_state=kept, past_key_values=hidden.past_key_values)
 
     @classmethod
-    def from_pretrained(cls, folder, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, folder, *inputs, output_loading_info: bool = False, **kwargs):
         """As ever, but ValueError unless each weight of the model is in the folder's files and is what they hold: transformers 5.0.0 loads other
         values where it initialises what it has loaded, and a missing one is only logged."""
-        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(folder, *inputs, output_loading_info=True, **kwargs)
         wrong, weights = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}, model.state_dict()
         for file in Path(folder).glob("model*.safetensors"):
             with safe_open(file, "pt") as tensors:

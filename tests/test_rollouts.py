@@ -95,6 +95,21 @@ def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
     assert differing(sparse / "checkpoint", stare / "checkpoint")
 
 
+def test_an_episode_of_dense_reward_goes_on_after_success_and_pays_1_at_most(checkpoint, tmp_path, monkeypatch):
+    seen, gae = {}, sta_ppo.compute_gae
+
+    def record(rewards, *args):
+        seen.update(rewards=rewards, terminated=args[2], done=args[3])
+        return gae(rewards, *args)
+
+    monkeypatch.setattr(sta_ppo, "compute_gae", record)
+    call(sta_ppo, "--checkpoint", checkpoint, "--reward", "dense", "--num-envs", 2, "--num-steps", 50, "--num-minibatches", 2, "--total-timesteps", 100,
+         "--num-eval-episodes", 0, "--no-cuda", "--output-dir", tmp_path / "run")  # fmt: skip
+    rewards, (paid,) = seen["rewards"], scalars(tmp_path / "run")["charts/episodic_return"]
+    assert not seen["terminated"].any() and seen["done"][-1].all()
+    assert (rewards > 0).all() and (rewards.sum(0) < 1).all() and paid == pytest.approx(50 * rewards.sum(0).mean().item(), rel=1e-4)
+
+
 def test_learned_stages_shape_the_reward_and_the_simulator_s_potential_is_not_read(ppo, envs, checkpoint, monkeypatch):
     """With LoRA and a KL to the first policy beside it: the reference is the model without its adapter."""
     seen, potentials, step, reset, shape = [], [], envs.step, envs.reset, sta_ppo.shape_rewards
