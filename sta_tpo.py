@@ -86,7 +86,9 @@ class Args:
     cost_sign: Literal[-1, 1] = -1
     """-1 is the paper's q - lambda * l; 1 turns the cost into a margin that the policy must exceed"""
     cost_margin: float = 0.1
-    """when both roll-outs finished a stage, the cheaper one wins only by this margin (in units of L_k)"""
+    """when both roll-outs finished a stage, the cheaper one wins only by this margin (in units of L_k); 1e9: pairs by completion alone"""
+    cost_sum: bool = False
+    """l_k is the sum of a segment's distances, in which each step costs, instead of the paper's mean, which lingering near the goal lowers"""
     max_pairs_per_stage: int = 6
     """at most this many pairs per initial state and stage, completions first, so that easy stages do not drown the others"""
 
@@ -301,13 +303,13 @@ def sta_tpo_loss(
 
 
 def build_stage_pairs(
-    rollouts: list[dict], num_stages: int | None = None, cost_margin: float = 0.1, max_pairs_per_stage: int = 10**9, stage_aware: bool = True
+    rollouts: list[dict], num_stages: int | None = None, cost_margin: float = 0.1, max_pairs_per_stage: int = 10**9, stage_aware: bool = True, cost_sum=False
 ) -> list[dict]:
     """Preference pairs between roll-outs of the same initial state.
 
     rollouts: dicts with `init_seed` int, `stage` (T,) labels 0..K of the states acted in, `distance` (T,) stage distance (any unit, here d / L_k),
     `success` bool. Returns dicts `stage`, `chosen`, `rejected` (indices into rollouts), `reason` "completed" (the winner finished the stage,
-    the loser did not) or "cost" (both did, the winner's mean distance is lower by `cost_margin`), `cost_chosen`, `cost_rejected`.
+    the loser did not) or "cost" (both did, the winner's mean (or sum of) distance is lower by `cost_margin`), `cost_chosen`, `cost_rejected`.
     stage_aware=False: the whole trajectory is one stage, finished by success.
     """
     K = num_stages or int(max(torch.as_tensor(r["stage"]).max() for r in rollouts)) + 1
@@ -317,7 +319,8 @@ def build_stage_pairs(
         stage = torch.as_tensor(rollout["stage"])
         # STARE: cut into stages, a cost for each; with stage_aware=False the trajectory is one
         segments.append(segment_stages(stage, K) if stage_aware else torch.zeros_like(stage))
-        costs.append(stage_costs(torch.as_tensor(rollout["distance"]).double(), segments[i], K).tolist())
+        steps = torch.bincount(segments[i], minlength=K) if cost_sum else 1
+        costs.append((stage_costs(torch.as_tensor(rollout["distance"]).double(), segments[i], K) * steps).tolist())
         finished.append((K if rollout["success"] else min(int(stage.max()), K - 1)) if stage_aware else int(rollout["success"]))  # stages behind it
     pairs = []
     for group in groups.values():
@@ -522,7 +525,7 @@ def main(args: Args) -> None:
     if args.preferences:
         pairs = read_preferences(Path(args.preferences), rollouts, names, K, args.stage_aware)
     else:  # STARE: pairs per stage, of roll-outs that both finished the stage before
-        pairs = build_stage_pairs(rollouts, K, args.cost_margin, args.max_pairs_per_stage, args.stage_aware)
+        pairs = build_stage_pairs(rollouts, K, args.cost_margin, args.max_pairs_per_stage, args.stage_aware, args.cost_sum)
     if not pairs:
         raise UserError("no pair: all roll-outs ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a better policy")
     digest = zlib.crc32(json.dumps([pairs, args.batch_size]).encode())
@@ -546,8 +549,7 @@ def main(args: Args) -> None:
     where, flat, used = {}, {name: [] for name in ("rgb", "proprio", "bins")}, 0
     for i, k in sorted({(pair[side], pair["stage"]) for pair in pairs for side in ("chosen", "rejected")}):
         rows = segment_rows(rollouts[i], k, K, args.stage_aware)
-        where[i, k] = torch.arange(used, used + len(rows))
-        used += len(rows)
+        where[i, k], used = torch.arange(used, used + len(rows)), used + len(rows)
         for name, values in flat.items():
             values.append(rollouts[i][name][rows])
     flat = {name: torch.cat(values) for name, values in flat.items()}
@@ -588,9 +590,8 @@ def main(args: Args) -> None:
             new_logprobs = torch.cat([logprobs(steps).cpu() for steps in mb_steps.split(args.chunk_size)])
         logratio = (new_logprobs - ref_logprobs[mb_steps]).double()  # (S,)
         q = torch.zeros(len(segments), dtype=torch.double).index_add(0, owner, share * logratio[place]).requires_grad_()  # (2P,)
-        q_chosen, q_rejected = q.chunk(2)
         cost_chosen, cost_rejected = (torch.tensor([pair[f"cost_{side}"] for pair in mb_pairs]).double() for side in ("chosen", "rejected"))
-        losses, chosen_rewards, rejected_rewards = sta_tpo_loss(q_chosen, q_rejected, cost_chosen, cost_rejected, args.beta, -args.cost_sign * args.cost_coef)
+        losses, chosen_rewards, rejected_rewards = sta_tpo_loss(*q.chunk(2), cost_chosen, cost_rejected, args.beta, -args.cost_sign * args.cost_coef)
         losses.mean().backward()
         # Pass 2, a chunk at a time: d loss / d theta = sum over steps of weight_t * d log pi(a_t|s_t) / d theta, exact because nothing
         # changed since pass 1 (no dropout, no optimiser step); a step's weight sums over all pairs that share it
@@ -623,8 +624,7 @@ def main(args: Args) -> None:
             warned.add(line)
         progress.update()
         if step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch:
-            wall = time.time() - start
-            method = "STA-TPO" if args.stage_aware else "TPO"
+            wall, method = time.time() - start, "STA-TPO" if args.stage_aware else "TPO"
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": env_steps, "wall_s": round(wall, 1)}
             adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
             state = {"script": "sta_tpo", "optimizer": optimizer.state_dict(), "adapter": adapter, "step": step, "pairs": digest, "wall_s": wall}
@@ -634,9 +634,9 @@ def main(args: Args) -> None:
     if args.num_eval_episodes:
         begin = time.time()
         result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs)
-        writer.add_scalar("time/eval", time.time() - begin, step)
-        for key in [key for key, value in result.items() if isinstance(value, float)]:
-            writer.add_scalar(f"eval/{key}", result[key], step)
+        scalars = {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
+        for key, value in {**scalars, "time/eval": time.time() - begin}.items():
+            writer.add_scalar(key, value, step)
         print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")

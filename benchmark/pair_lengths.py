@@ -18,7 +18,7 @@ for run in map(Path, sys.argv[1:]):
     args = json.loads((run / "checkpoint/args.json").read_text())
     rollouts, task = read_rollouts(sorted((run / "rollouts").glob("[!t]*.npz"))), get_task(args["env_id"])
     K = len(task.stages)
-    for pair in build_stage_pairs(rollouts, K, args["cost_margin"], args["max_pairs_per_stage"]):
+    for pair in build_stage_pairs(rollouts, K, args["cost_margin"], args["max_pairs_per_stage"], cost_sum=args.get("cost_sum", False)):
         steps = [len(segment_rows(rollouts[pair[side]], pair["stage"], K, True)) for side in ("chosen", "rejected")]
         found[args["env_id"], pair["stage"], task.stages[pair["stage"]], pair["reason"]].append(steps)
 print("| task | stage | won by | pairs | steps of the winner | of the loser | winner slower |\n|---|---|---|---|---|---|---|")

@@ -157,6 +157,15 @@ def cost_gap(rollouts, pair, stage_aware):
     k, chosen, rejected, _ = pair
     return describe(rollouts[chosen], stage_aware)[1][k] - describe(rollouts[rejected], stage_aware)[1][k]
 
+def test_who_lingers_near_the_goal_wins_by_the_mean_and_loses_by_the_sum():
+    slow, quick = [0.8, 0.4, 0.1, 0.1, 0.1, 0.1, 0.1], [0.8, 0.4, 0.1]
+    rollouts = [{"init_seed": 0, "stage": torch.tensor([0] * len(d) + [1]), "distance": torch.tensor([*d, 0.0]), "success": True} for d in (slow, quick)]
+    for cost_sum, winner, costs in ((False, 0, (1.7 / 7, 1.3 / 3)), (True, 1, (1.3, 1.7))):
+        first, *_ = sta_tpo.build_stage_pairs(rollouts, 2, cost_margin=0.1, cost_sum=cost_sum)
+        assert (first["stage"], first["reason"], first["chosen"]) == (0, "cost", winner)
+        assert (first["cost_chosen"], first["cost_rejected"]) == pytest.approx(costs)
+
+
 
 @given(ROLLOUTS, st.integers(1, 3))
 def test_few_pairs_are_kept_per_state_and_stage_completions_first(rollouts, most):
