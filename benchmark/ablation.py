@@ -20,8 +20,10 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 DOCS = Path(__file__).parent.parent / "docs"
-METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan", "PPO-dense": "tab:green", "STA-PPO": "tab:blue"}
-COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"))
+METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan",
+           "PPO-dense": "tab:green", "STA-PPO": "tab:blue"}  # fmt: skip
+COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
+            ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"))  # fmt: skip
 
 
 def row_of(run: Path) -> dict:
