@@ -41,6 +41,10 @@ from stare_utils import EVAL_SEED, UserError, decode_stages, make_envs, segment_
 class Args:
     checkpoint: str = ""
     """checkpoint folder (or the run folder that holds it) of any of the three stages"""
+    vla: str = ""
+    """an OpenVLA instead of --checkpoint: its folder in the published layout, or its hub id, with --unnorm-key"""
+    unnorm_key: str = ""
+    """of which data set in its `norm_stats` the task's actions are, `bridge_orig` for SimplerEnv's tasks"""
     env_id: str = ""
     """task, or several with commas between them; empty: all that the checkpoint was trained on"""
     num_eval_episodes: int = 100
@@ -84,11 +88,10 @@ def make_folder(path: str | Path) -> Path:
 
 
 def load_policy(checkpoint: str, device: torch.device):
-    """Model, processor and folder of a checkpoint (its folder, or the run folder that holds one). Raises UserError when it is not ours."""
-    folder = Path(checkpoint)
-    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
+    folder = vla.model_folder(checkpoint)
     if not folder.is_dir():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote (nor does the hub, if reached, have it)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError):
@@ -131,11 +134,15 @@ def load_separator(folder: Path, env_id: str, device: torch.device):
     return chain[-1], separator
 
 
-def task_stats(model, env_id: str) -> dict:
-    """The normalisation statistics (`action`, `proprio`) of a task. Raises UserError when the checkpoint was trained on others."""
-    if env_id not in model.config.norm_stats:
-        raise UserError(f"this checkpoint was trained on {', '.join(model.config.norm_stats) or 'no task'}, not on {env_id}")
-    return model.config.norm_stats[env_id]
+def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
+    """The normalisation statistics (`action`, `proprio`) of a task, which are from now on those of OpenVLA's data set `unnorm_key` where one is named.
+    Raises UserError when the checkpoint was trained on others."""
+    known, key = model.config.norm_stats, unnorm_key or env_id
+    if key not in known:
+        raise UserError(f"this checkpoint was trained on {', '.join(known) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
+    if unnorm_key:
+        known[env_id] = vla.signed_gripper(known[unnorm_key])
+    return known[env_id]
 
 
 @torch.no_grad()
@@ -238,7 +245,8 @@ def evaluate(
     stats, device, was_training = task_stats(model, env_id), next(model.parameters()).device, model.training
     task, active = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"])
     num_episodes, texts = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,)
-    envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes, ood=ood)
+    envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes, ood=ood,
+                     image_size=processor.image_size)  # fmt: skip
     N, K, names = envs.num_envs, envs.num_stages, (*task.stages, "done")
     model.eval()
     rows, films, read, threads = [], [], [], torch.get_num_threads()
@@ -326,17 +334,19 @@ def write_text(path: Path, text: str) -> None:
 def main(args: Args) -> None:
     if args.compare:
         return print_table([read_results(path) for path in args.compare])
-    if not args.checkpoint:
+    if args.vla and not (args.env_id and args.output_dir):
+        raise UserError("--vla needs --env-id, and --output-dir for the results")
+    if not (args.vla or args.checkpoint):
         raise UserError("--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
     if args.num_eval_episodes < 1:
         raise UserError(f"--num-eval-episodes must be at least 1, not {args.num_eval_episodes}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    model, processor, folder = load_policy(args.checkpoint, device)
+    model, processor, folder = load_policy(args.vla or args.checkpoint, device)
     env_ids = stare_utils.env_ids(args.env_id) if args.env_id else list(model.config.norm_stats)
     texts = {}
     for env_id in env_ids:
         stare_utils.check_world(env_id, args.full_meshes)
-        task_stats(model, env_id)
+        task_stats(model, env_id, args.unnorm_key)
         if args.ood == "camera" and not stare_utils.get_task(env_id).views:
             raise UserError(f"--ood camera: {env_id}'s camera cannot move, a photograph stands behind its scene; use position or lighting")
         texts[env_id] = (args.instruction,) if args.instruction else stare_utils.get_task(env_id).paraphrases if args.instruction_set == "paraphrase" else ()

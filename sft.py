@@ -13,7 +13,6 @@ Letters: B batch, M frames, A action tokens, D hidden width.
 """
 import json
 import os
-import random
 import shutil
 import sys
 import time
@@ -32,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm, trange
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.utils import logging as transformers_logging
 
 import vla
@@ -48,15 +47,13 @@ class Args:
     """train on the GPU if there is one"""
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
-    wandb_project_name: str = "stare-vla"
-    """project on Weights & Biases"""
     output_dir: str = ""
     """run folder: checkpoint/, TensorBoard files, args.json; empty: runs/{env_id}__sft__{seed}__{time}"""
     resume: bool = False
     """go on from the checkpoint in --output-dir, if there is one"""
 
     vla: str = "tiny"
-    """`tiny` (from scratch), a checkpoint folder, or a hub id"""
+    """`tiny` (from scratch), a checkpoint folder, or an OpenVLA: its folder in the published layout, or its hub id"""
     env_id: str = "PickCube-v1"
     """task, or several with commas between them"""
     num_envs: int = 8
@@ -101,12 +98,6 @@ class Args:
     """episodes of the evaluation at the end; 0 leaves it out"""
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes beside the place and renames, so that no reader ever sees half a file."""
     path.with_name(path.name + ".tmp").write_text(text)
@@ -140,7 +131,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, name=output.name, config=asdict(args), sync_tensorboard=True)
+        wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(output)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
     return output, writer
@@ -178,11 +169,10 @@ def load_state(output: Path, script: str) -> dict | None:
 
 
 def load_policy(checkpoint: str, device: torch.device):
-    """Model, processor and folder of a checkpoint (its folder, or the run folder that holds one). Raises UserError when it is not ours."""
-    folder = Path(checkpoint)
-    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
+    folder = vla.model_folder(checkpoint)
     if not folder.is_dir():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote (nor does the hub, if reached, have it)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError):
@@ -223,12 +213,12 @@ def check_instructions(model, processor, texts: list[str]) -> None:
             raise UserError(f"the instruction {text[:40]!r}... has {length} tokens, the model has room for {room}: shorten it")
 
 
-def collect_demos(path: Path, env_id: str, args: Args) -> None:
+def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
     """Runs the scripted expert until `num_demos` episodes have succeeded and writes them as ManiSkill does: `traj_i` groups with
     `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels), `geometry` (T x 6) and `stage` (T)."""
     task = TASKS[env_id]
     horizon, limit = 2 * task.max_episode_steps, torch.tensor(task.arm.limit)  # who is slow and errs needs time
-    envs = make_envs(env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon)
+    envs = make_envs(env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon, image_size=image_size)
     expert, episodes, kept, failures = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], [], 0
     rng, K = np.random.default_rng(args.seed), envs.num_stages
     slip, slip_left, pause_left = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(3))
@@ -280,7 +270,7 @@ def collect_demos(path: Path, env_id: str, args: Args) -> None:
     path.with_suffix(".tmp").rename(path)
 
 
-def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, ...]:
+def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_utils.IMAGE_SIZE) -> tuple[torch.Tensor, ...]:
     """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A), geometry (M, 6) and stage labels (M,) of the first `num_demos` successful episodes
     of a ManiSkill .h5. Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera; their stage is -1,
     unknown, for contact forces are not recorded. Raises UserError on a file of another env or control mode, without actions or without states."""
@@ -307,7 +297,7 @@ def read_demos(path: Path, env_id: str, num_demos: int) -> tuple[torch.Tensor, .
             if "geometry" in group:
                 rgb, proprio, where = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group["geometry"][:]
             elif "env_states" in group:
-                env = env or stare_utils.StageEnv(env_id, 1, "cpu", 0)
+                env = env or stare_utils.StageEnv(env_id, 1, "cpu", 0, image_size=image_size)
                 env.reset(episode.get("episode_seed"))  # objects' sizes belong to the episode
                 states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[: len(group["actions"])]
                 seen = [env.observe_state(state) for state in states]
@@ -338,11 +328,10 @@ def main(args: Args) -> None:
     if paths and len(paths) != len(env_ids):
         raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    seed_everything(args.seed)
+    set_seed(args.seed)
     # Everything that can be wrong with the input is found before the run folder is made
     for env_id in env_ids:
         stare_utils.check_world(env_id)
-    demos = [read_demos(path, env_id, args.num_demos) for path, env_id in zip(paths, env_ids, strict=True)] if paths else []
     state = load_state(Path(args.output_dir), "sft") if args.resume and args.output_dir else None
     if state or args.vla != "tiny":
         model, processor, _ = load_policy(args.output_dir if state else args.vla, device)
@@ -352,11 +341,12 @@ def main(args: Args) -> None:
         processor = vla.tiny_processor([task.instruction for task in TASKS.values()])
     instructions = [TASKS[env_id].instruction for env_id in env_ids]
     check_instructions(model, processor, instructions)
+    demos = [read_demos(path, env_id, args.num_demos, processor.image_size) for path, env_id in zip(paths, env_ids, strict=True)] if paths else []
     output, writer = open_run(args, "sft")
     for env_id in env_ids[len(demos) :]:
         if not (output / f"demos_{env_id}.h5").exists():
-            collect_demos(output / f"demos_{env_id}.h5", env_id, args)
-        demos.append(read_demos(output / f"demos_{env_id}.h5", env_id, args.num_demos))
+            collect_demos(output / f"demos_{env_id}.h5", env_id, args, processor.image_size)
+        demos.append(read_demos(output / f"demos_{env_id}.h5", env_id, args.num_demos, processor.image_size))
     rgb, proprio, actions, where, stages = (torch.cat(parts) for parts in zip(*demos, strict=True))
     which = torch.repeat_interleave(torch.arange(len(env_ids)), torch.tensor([len(part[0]) for part in demos]))  # (M,) task of each frame
     # A policy keeps the units it was trained in: those of its proprioception, and those of the actions of each task that it knows

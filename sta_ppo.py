@@ -15,7 +15,6 @@ Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D 
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import time
@@ -32,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.utils import logging as transformers_logging
 
 import vla
@@ -48,8 +47,6 @@ class Args:
     """train on the GPU if there is one"""
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
-    wandb_project_name: str = "stare-vla"
-    """project on Weights & Biases"""
     output_dir: str = ""
     """run folder: checkpoint/, TensorBoard files; empty: runs/{env_id}__sta_ppo__{seed}__{time}"""
     resume: bool = False
@@ -57,6 +54,10 @@ class Args:
 
     checkpoint: str = ""
     """policy to start from; empty: the newest sta_tpo.py (else sft.py) run of this env under runs/, else the one shipped with the repository"""
+    vla: str = ""
+    """an OpenVLA instead of --checkpoint: its folder in the published layout, or its hub id, with --unnorm-key"""
+    unnorm_key: str = ""
+    """of which data set in its `norm_stats` the task's actions are, `bridge_orig` for SimplerEnv's tasks"""
     env_id: str = "PickCube-v1"
     """task"""
     num_envs: int = 8
@@ -129,12 +130,6 @@ class Args:
     """total_timesteps / batch_size, rounded up (computed)"""
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes beside the place and renames, so that no reader ever sees half a file."""
     path.with_name(path.name + ".tmp").write_text(text)
@@ -168,7 +163,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, name=output.name, config=asdict(args), sync_tensorboard=True)
+        wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(output)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
     return output, writer
@@ -218,11 +213,10 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
 
 
 def load_policy(checkpoint: str, device: torch.device):
-    """Model, processor and folder of a checkpoint (its folder, or the run folder that holds one). Raises UserError when it is not ours."""
-    folder = Path(checkpoint)
-    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
+    folder = vla.model_folder(checkpoint)
     if not folder.is_dir():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote (nor does the hub, if reached, have it)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError):
@@ -257,11 +251,15 @@ def load_separator(folder: Path, env_id: str, device: torch.device):
     return chain[-1], separator
 
 
-def task_stats(model, env_id: str) -> dict:
-    """The normalisation statistics (`action`, `proprio`) of a task. Raises UserError when the checkpoint was trained on others."""
-    if env_id not in model.config.norm_stats:
-        raise UserError(f"this checkpoint was trained on {', '.join(model.config.norm_stats) or 'no task'}, not on {env_id}")
-    return model.config.norm_stats[env_id]
+def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
+    """The normalisation statistics (`action`, `proprio`) of a task, which are from now on those of OpenVLA's data set `unnorm_key` where one is named.
+    Raises UserError when the checkpoint was trained on others."""
+    known, key = model.config.norm_stats, unnorm_key or env_id
+    if key not in known:
+        raise UserError(f"this checkpoint was trained on {', '.join(known) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
+    if unnorm_key:
+        known[env_id] = vla.signed_gripper(known[unnorm_key])
+    return known[env_id]
 
 
 @torch.no_grad()
@@ -409,7 +407,7 @@ def main(args: Args) -> None:
         print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
     device, threads = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), torch.get_num_threads()
     state = load_state(Path(args.output_dir), "sta_ppo") if args.resume and args.output_dir else None
-    source = state["source"] if state else args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
+    source = state["source"] if state else args.vla or args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
     if state:
         begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
         for name, flags in (("batch_size", "num_envs * num_steps"), ("lora_rank", "--lora-rank")):
@@ -417,8 +415,8 @@ def main(args: Args) -> None:
                 raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
     # LoRA goes on from the first policy and its adapter: what a checkpoint holds is merged
     model, processor, folder = load_policy(args.output_dir if state and not args.lora_rank else source, device)
-    stats = task_stats(model, args.env_id)
-    seed_everything(args.seed)
+    stats = task_stats(model, args.env_id, args.unnorm_key)
+    set_seed(args.seed)
     if args.lora_rank:
         vla.add_lora(model, args.lora_rank)
     sft_folder, separator = load_separator(folder, args.env_id, device) if args.stage_source == "learned" else (None, None)
@@ -445,6 +443,7 @@ def main(args: Args) -> None:
     envs = make_envs(
         args.env_id, args.num_envs, args.seed, terminate_on_success=args.reward != "dense", backend=args.backend,
         reward="dense" if args.reward == "dense" else "sparse", potential=args.potential, potential_across_stages=args.potential_across_stages,
+        image_size=processor.image_size,
     )  # fmt: skip
 
     def policy_inputs(obs: dict) -> dict:

@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.utils import logging as transformers_logging
 
 import vla
@@ -50,8 +50,6 @@ class Args:
     """train on the GPU if there is one"""
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
-    wandb_project_name: str = "stare-vla"
-    """project on Weights & Biases"""
     output_dir: str = ""
     """run folder: checkpoint/, TensorBoard files, roll-outs; empty: runs/{env_id}__sta_tpo__{seed}__{time}"""
     resume: bool = False
@@ -59,6 +57,10 @@ class Args:
 
     checkpoint: str = ""
     """policy to start from, also the reference; empty: the newest sft.py run of this env under runs/, else the one shipped with the repository"""
+    vla: str = ""
+    """an OpenVLA instead of --checkpoint: its folder in the published layout, or its hub id, with --unnorm-key"""
+    unnorm_key: str = ""
+    """of which data set in its `norm_stats` the task's actions are, `bridge_orig` for SimplerEnv's tasks"""
     env_id: str = "PickCube-v1"
     """task"""
     num_envs: int = 8
@@ -111,12 +113,6 @@ class Args:
     """episodes of the evaluation at the end; 0 leaves it out"""
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes beside the place and renames, so that no reader ever sees half a file."""
     path.with_name(path.name + ".tmp").write_text(text)
@@ -150,7 +146,7 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, name=output.name, config=asdict(args), sync_tensorboard=True)
+        wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(output)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
     return output, writer
@@ -200,11 +196,10 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
 
 
 def load_policy(checkpoint: str, device: torch.device):
-    """Model, processor and folder of a checkpoint (its folder, or the run folder that holds one). Raises UserError when it is not ours."""
-    folder = Path(checkpoint)
-    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
+    folder = vla.model_folder(checkpoint)
     if not folder.is_dir():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote (nor does the hub, if reached, have it)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError):
@@ -239,11 +234,15 @@ def load_separator(folder: Path, env_id: str, device: torch.device):
     return chain[-1], separator
 
 
-def task_stats(model, env_id: str) -> dict:
-    """The normalisation statistics (`action`, `proprio`) of a task. Raises UserError when the checkpoint was trained on others."""
-    if env_id not in model.config.norm_stats:
-        raise UserError(f"this checkpoint was trained on {', '.join(model.config.norm_stats) or 'no task'}, not on {env_id}")
-    return model.config.norm_stats[env_id]
+def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
+    """The normalisation statistics (`action`, `proprio`) of a task, which are from now on those of OpenVLA's data set `unnorm_key` where one is named.
+    Raises UserError when the checkpoint was trained on others."""
+    known, key = model.config.norm_stats, unnorm_key or env_id
+    if key not in known:
+        raise UserError(f"this checkpoint was trained on {', '.join(known) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
+    if unnorm_key:
+        known[env_id] = vla.signed_gripper(known[unnorm_key])
+    return known[env_id]
 
 
 @torch.no_grad()
@@ -359,7 +358,8 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
     device, N = next(model.parameters()).device, min(args.num_envs, len(todo))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the env processes are the parallelism
-    envs = make_envs(args.env_id, N, 0)  # CPU physics: GPU simulation seeds a batch as a whole and cannot repeat one initial state
+    # CPU physics: GPU simulation seeds a batch as a whole and cannot repeat one initial state
+    envs = make_envs(args.env_id, N, 0, image_size=processor.image_size)
     lengths, K = torch.tensor([stage.length for stage in envs.task.stage_table]), envs.num_stages
     queue = iter(todo)
     current = [next(queue) for _ in range(N)]
@@ -489,19 +489,19 @@ def main(args: Args) -> None:
     if args.export_pairs and any(make_folder(args.export_pairs).iterdir()):
         raise UserError(f"{args.export_pairs} is not empty: choose another --export-pairs")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    record, resume = Path(args.output_dir) / "source.txt", args.resume and args.output_dir  # a resumed run keeps its roll-outs' policy
+    given, record, resume = args.vla or args.checkpoint, Path(args.output_dir) / "source.txt", args.resume and args.output_dir
     recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir), "sta_tpo") if resume else None
-    if recorded and args.checkpoint and Path(recorded).resolve() != load_policy(args.checkpoint, device)[2].resolve():
-        raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {args.checkpoint}: choose another --output-dir")
+    if recorded and given and Path(recorded).resolve() != load_policy(given, device)[2].resolve():
+        raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {given}: choose another --output-dir")
     if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text()).get("lora_rank", 0)) != args.lora_rank:
         raise UserError(f"{args.output_dir} was begun with --lora-rank = {begun}, not {args.lora_rank}: resume with the same")
-    source = recorded or args.checkpoint or find_checkpoint(args.env_id, ("sft",))
+    source = recorded or given or find_checkpoint(args.env_id, ("sft",))  # a resumed run keeps its roll-outs' policy
     model, processor, source = load_policy(source, device)
     sft_folder, separator = load_separator(source, args.env_id, device) if args.stage_source == "learned" else (source, None)
     sft_model = model if sft_folder == source else load_policy(sft_folder, device)[0]
-    stats = task_stats(model, args.env_id)
+    stats = task_stats(model, args.env_id, args.unnorm_key)
     active = ~vla.constant_dims(stats["action"])
-    seed_everything(args.seed)
+    set_seed(args.seed)
     stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_tpo")
     write_text(output / "source.txt", str(source))

@@ -39,7 +39,7 @@ Views = tuple[tuple[tuple[float, float, float], tuple[float, float, float], floa
 
 TRAIN_SEEDS = EVAL_SEED = 2**30  # episodes of training draw their seeds below this number, evaluation starts here: the two never meet
 CONTROL_STEP = 0.05  # s per env step of the Panda's tasks (20 Hz control)
-IMAGE_SIZE = 128  # pixels: side of the observation
+IMAGE_SIZE = 128  # pixels: side of the observation, unless an env is asked for another
 OOD_SHIFT, OOD_CAMERA = 0.05, 0.05  # m: how far `--ood position` and `--ood camera` move things
 TRAIN_JITTER = 0.02  # m: how far from SimplerEnv's grid, which evaluation plays, training puts objects along x and y
 
@@ -404,7 +404,7 @@ def light_panda() -> Path:
         shutil.rmtree(folder.parent)
     return cache
 
-def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool) -> type:
+def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool, image_size: int) -> type:
     """ManiSkill's env class with our cameras (stock_camera: its own) and, out of distribution, one thing that training never varies, drawn from
     each episode's seed. ood: "position" moves the object and what belongs to it OOD_SHIFT away from the middle of the table or grid, "camera" moves
     each camera by OOD_CAMERA in a random direction, "lighting" replaces the lamps."""
@@ -414,7 +414,7 @@ def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool) -> type
         return np.random.default_rng(int(env._episode_seed[0])).standard_normal(size)
 
     def cameras(env):
-        away, size = draw(env, len(task.views), 3), (IMAGE_SIZE, IMAGE_SIZE // 2) if task.wide else (IMAGE_SIZE // 2, IMAGE_SIZE)
+        away, size = draw(env, len(task.views), 3), (image_size, image_size // 2) if task.wide else (image_size // 2, image_size)
         away *= OOD_CAMERA * (ood == "camera") / np.linalg.norm(away, axis=1, keepdims=True)
         return [CameraConfig(f"view_{i}", look_at(eye + away[i], at), *size, fov, 0.01, 100) for i, (eye, at, fov) in enumerate(task.views)]
 
@@ -462,14 +462,14 @@ class StageEnv:
     def __init__(
         self, env_id: str, num_envs: int, backend: str, seed: int, terminate_on_success: bool = True, full_meshes: bool = False,
         max_episode_steps: int | None = None, reward: str = "sparse", potential: str = "sigmoid", potential_across_stages: str = "offset",
-        stock_camera: bool = False, ood: str = "none", render: bool = True, control_mode: str = "",
+        stock_camera: bool = False, ood: str = "none", render: bool = True, control_mode: str = "", image_size: int = IMAGE_SIZE,
     ):  # fmt: skip
         """reward: "sparse" is 1 on a success step and else 0; "dense" is ManiSkill's normalized_dense. potential, potential_across_stages: see
         stage_potential and stage_signals. max_episode_steps: None is the registered horizon. stock_camera, ood: see scene_class. render=False: no
-        `rgb`, and no renderer is needed. control_mode: "" is the arm's."""
+        `rgb`, and no renderer is needed. control_mode: "" is the arm's. image_size: of `rgb`, square."""
         (env_id,) = env_ids(env_id)
         self.task, self.num_envs, self.backend, self.dense, self.render = TASKS[env_id], num_envs, backend, reward == "dense", render
-        self.potential, self.across = potential, potential_across_stages
+        self.potential, self.across, self.image_size = potential, potential_across_stages, image_size
         # ManiSkill settles SimplerEnv's scenes all at once: in a batch they begin and end together
         self.terminate_on_success = terminate_on_success and not (self.task.grid and num_envs > 1)
         mani_skill.logger.setLevel(logging.ERROR)  # it warns of ManiSkill's own assets
@@ -477,7 +477,7 @@ class StageEnv:
             Panda.urdf_path, PandaWristCam.urdf_path = (str(light_panda() / name) for name in ("panda_v2.urdf", "panda_v3.urdf"))
         PandaWristCam._sensor_configs = []  # no policy here sees through it
         WidowX250S.disable_self_collisions = True  # ManiSkill's asset has an .srdf for that; in SimplerEnv's own the fingers jam
-        env = scene_class(env_id, stock_camera, ood, render)(
+        env = scene_class(env_id, stock_camera, ood, render, image_size)(
             num_envs=num_envs, obs_mode="none" if not render else "rgb+segmentation" if self.task.grid else "rgb",
             control_mode=control_mode or self.task.arm.control_mode, reward_mode="normalized_dense" if self.dense else "none",
             sim_backend=f"physx_{backend}", render_backend="none" if not render else "gpu" if torch.cuda.is_available() else "cpu",
@@ -545,8 +545,8 @@ class StageEnv:
         seen = {"proprio": torch.cat([self.state["tool"], self.state["quaternion"], self.state["opening"][:, None]], -1)}
         if self.render:
             rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 1 if self.task.wide else 2)
-            if rgb.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):  # SimplerEnv's 640 x 480, squeezed into a square as for OpenVLA
-                rgb = torch.nn.functional.interpolate(rgb.movedim(-1, 1).float(), [IMAGE_SIZE] * 2, mode="bilinear", antialias=True).movedim(1, -1)
+            if rgb.shape[1:3] != (self.image_size, self.image_size):  # SimplerEnv's 640 x 480, squeezed into a square as for OpenVLA
+                rgb = torch.nn.functional.interpolate(rgb.movedim(-1, 1).float(), [self.image_size] * 2, mode="bilinear", antialias=True).movedim(1, -1)
             seen["rgb"] = rgb.round().byte().contiguous()
         return seen
 

@@ -10,11 +10,13 @@ Architecture: openvla/openvla@c8f03f4 (prismatic/extern/hf) and timm's ViT names
 """
 import contextlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -73,6 +75,14 @@ def detokenize_actions(tokens: Tensor, stats: dict, n_bins: int = 256) -> Tensor
     scaled = (2 * tokens.clamp(0, n_bins - 2).float() + 1) / (n_bins - 1) - 1
     actions = torch.where(mask, (scaled + 1) / 2 * (q99 - q01) + q01, scaled)
     return torch.where(q99 - q01 < 1e-6, q01, actions).float()
+
+
+def signed_gripper(stats: dict) -> dict:
+    """Statistics of OpenVLA's data for an env whose gripper command runs from -1 to 1: published ones leave the gripper unscaled (mask false), 0 closed and
+    1 open. So token value x decodes to 2 x - 1, as RL4VLA and SimplerEnv take it."""
+    action = stats["action"]
+    rows = [(low, high, True) if scaled else (-3.0, 1.0, True) for low, high, scaled in zip(action["q01"], action["q99"], action["mask"])]
+    return {**stats, "action": dict(zip(("q01", "q99", "mask"), map(list, zip(*rows))))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,6 +398,11 @@ class PrismaticProcessor(ProcessorMixin):
         self.prompt, self.text_cache = prompt, {}
         super().__init__(image_processor, tokenizer)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the model sees, in pixels."""
+        return self.image_processor.input_sizes[0][-1]
+
     def prompt_ids(self, instruction: str) -> list[int]:
         """The prompt's ids without `<s>`. Llama's published prompt ends in token 29871, the space before the first action token."""
         if instruction not in self.text_cache:
@@ -425,6 +440,16 @@ def tiny_processor(texts: list[str], vocab_size: int = 512, image_size: int = 12
     tokenizer.train_from_iterator([prompt.format(instruction=text) for text in texts], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", model_max_length=128)
     return PrismaticProcessor(PrismaticImageProcessor(input_sizes=[[3, image_size, image_size]]), fast, prompt)
+
+
+def model_folder(name: str) -> Path:
+    """The folder that holds a model: a folder, the checkpoint/ in a run's folder, or, where there is no folder of that name, the hub's model `owner/name`,
+    downloaded once. What the hub does not have, or is out of reach, stays a folder that does not exist."""
+    folder = Path(name)
+    if not folder.parent.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        with contextlib.suppress(Exception):  # of the hub, or of any layer of the network below it
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+    return folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
 
 
 AutoConfig.register("openvla", OpenVLAConfig)

@@ -5,14 +5,16 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, frames
+from conftest import ROOT, call, frames, write_demos
 from safetensors.torch import load_file, save_file
 from test_policy import RAGGED, two_towers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval as evaluation
+import sft
 import sta_ppo
+import sta_tpo
 import stare_utils
 import vla
 
@@ -123,6 +125,64 @@ def test_weights_that_transformers_changed_after_loading_are_noticed(published, 
     monkeypatch.setattr(vla.PreTrainedModel, "from_pretrained", classmethod(spoil))
     with pytest.raises(ValueError, match=r"1 weights are not those of its files, projector\.fc2\.weight"):
         AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def test_the_gripper_of_openvla_s_data_opens_at_1_and_closes_at_0(published):
+    model, _, _ = evaluation.load_policy(str(published[0]), torch.device("cpu"))
+    stats = sta_ppo.task_stats(model, "PutCarrotOnPlateInScene-v1", "bridge_orig")
+    assert stats is model.config.norm_stats["PutCarrotOnPlateInScene-v1"] and not vla.constant_dims(stats["action"]).any()  # so a checkpoint knows the task
+    closed, opened = vla.tokenize_actions(torch.tensor([[0.0, 1.0]]), {"q01": [0, 0], "q99": [1, 1], "mask": [False, False]})[0]  # as OpenVLA's data has it
+    actions = vla.detokenize_actions(torch.stack([closed, opened])[:, None].expand(2, 7), stats["action"])
+    assert torch.allclose(actions[:, -1], torch.tensor([-1.0, 1.0]), atol=0.02)
+    back = vla.tokenize_actions(torch.tensor([[0.0] * 6 + [-1.0], [0.0] * 6 + [1.0]]), stats["action"])[:, -1]
+    assert (back - torch.stack([closed, opened])).abs().max() <= 1
+    assert torch.allclose(vla.detokenize_actions(torch.tensor([[254] * 7]), stats["action"])[0, :6], torch.tensor(0.03), atol=3e-4)
+
+
+@pytest.mark.slow
+def test_all_scripts_start_from_a_published_folder(published, tmp_path, monkeypatch):
+    """On a Panda task, in its units by bridge_orig's: nothing sensible is learned, but everything runs, with images of the model's size."""
+    folder, sizes, make_envs = published[0], [], stare_utils.make_envs
+
+    def record(*args, **kwargs):
+        sizes.append(kwargs["image_size"])
+        return make_envs(*args, **kwargs)
+
+    for script in (evaluation, sta_ppo, sta_tpo):
+        monkeypatch.setattr(script, "make_envs", record)
+    common = ["--vla", folder, "--unnorm-key", "bridge_orig", "--env-id", "PickCube-v1", "--num-envs", 2, "--no-cuda"]
+    call(sta_ppo, *common, "--num-steps", 5, "--total-timesteps", 10, "--num-minibatches", 1, "--lora-rank", 2, "--num-eval-episodes", 0, "--output-dir",
+         tmp_path / "ppo")  # fmt: skip
+    with pytest.raises(stare_utils.UserError, match="no pair"):  # two roll-outs that both fail in reach
+        call(sta_tpo, *common, "--num-initial-states", 1, "--rollouts-per-state", 2, "--output-dir", tmp_path / "tpo")
+    call(evaluation, "--checkpoint", tmp_path / "ppo", "--env-id", "PickCube-v1", "--num-eval-episodes", 1, "--num-envs", 1, "--no-cuda")
+    assert sizes == [28, 28, 28]
+    demos = write_demos(tmp_path / "demos.h5")
+    call(sft, "--vla", folder, "--env-id", "PickCube-v1", "--demo-path", demos, "--num-updates", 2, "--batch-size", 4, "--num-eval-episodes", 0, "--no-cuda",
+         "--output-dir", tmp_path / "sft")  # fmt: skip
+    assert {"bridge_orig", "PickCube-v1"} == set(json.loads((tmp_path / "sft/checkpoint/config.json").read_text())["norm_stats"])
+
+
+@pytest.mark.parametrize(
+    ("words", "args"),
+    [("bridge_orig, not on bridge", ["--unnorm-key", "bridge"]), ("bridge_orig, not on PickCube-v1", [])],
+)  # fmt: skip
+@pytest.mark.parametrize("script", [evaluation, sta_tpo, sta_ppo])
+def test_statistics_that_are_not_there(script, words, args, published, tmp_path):
+    with pytest.raises(stare_utils.UserError, match=words) as error:
+        call(script, "--vla", published[0], "--env-id", "PickCube-v1", "--output-dir", tmp_path / "out", "--no-cuda", *args)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_the_hub_does_not_have(monkeypatch, tmp_path):
+    def refuse(name, **kwargs):
+        raise ConnectionError(name)
+
+    monkeypatch.setattr(vla, "snapshot_download", refuse)
+    with pytest.raises(stare_utils.UserError, match="no checkpoint at nobody/nothing"):
+        call(evaluation, "--vla", "nobody/nothing", "--env-id", "PickCube-v1", "--output-dir", tmp_path / "out")
+    with pytest.raises(stare_utils.UserError, match="--vla needs --env-id"):
+        call(evaluation, "--vla", "nobody/nothing")
 
 
 @pytest.mark.slow
