@@ -31,7 +31,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging as transformers_logging
 
 import vla
 from stare_utils import EVAL_SEED, UserError, decode_stages, make_envs, segment_stages
@@ -98,7 +97,6 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
     if model_type != "openvla":
         raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
         return model, AutoProcessor.from_pretrained(folder), folder

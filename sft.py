@@ -32,7 +32,6 @@ from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm, trange
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
-from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
@@ -74,6 +73,8 @@ class Args:
     demo_pause: float = 0.04
     """chance per step that the expert stands still for 2 to 6 steps, as people do. Pauses are labels too: imitation copies, reinforcement unlearns them"""
 
+    lora_rank: int = 0
+    """0 trains all weights; else LoRA matrices of this rank on the linear layers (not the vocabulary's head), merged into what is written"""
     learning_rate: float = 1e-3
     """peak of the schedule: linear warm-up, then cosine to zero"""
     warmup_updates: int = 100
@@ -82,6 +83,10 @@ class Args:
     """optimiser steps; a few hundred learn nothing from scratch"""
     batch_size: int = 64
     """frames per optimiser step"""
+    chunk_size: int = 128
+    """steps or frames per forward and backward pass: bounds the memory, changes no result"""
+    gradient_checkpointing: bool = False
+    """compute a layer's activations anew in the backward pass instead of keeping them: less memory, a third more computation"""
     weight_decay: float = 0.01
     """AdamW"""
     max_grad_norm: float = 1.0
@@ -140,7 +145,6 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
 def save_checkpoint(output: Path, model, processor, args: dict, state: dict, heads: dict = {}) -> None:  # noqa: B006
     """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), and each head by its name.
     The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
-    transformers_logging.disable_progress_bar()
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -179,7 +183,6 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
     if model_type != "openvla":
         raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
         return model, AutoProcessor.from_pretrained(folder), folder
@@ -322,7 +325,7 @@ def main(args: Args) -> None:
     start = time.time()
     env_ids = stare_utils.env_ids(args.env_id)
     args.env_id, paths = ",".join(env_ids), [Path(path) for path in args.demo_path.split(",") if path]
-    for name in ("num_envs", "num_demos", "num_updates", "batch_size", "save_freq"):
+    for name in ("num_envs", "num_demos", "num_updates", "batch_size", "chunk_size", "save_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if paths and len(paths) != len(env_ids):
@@ -333,8 +336,11 @@ def main(args: Args) -> None:
     for env_id in env_ids:
         stare_utils.check_world(env_id)
     state = load_state(Path(args.output_dir), "sft") if args.resume and args.output_dir else None
-    if state or args.vla != "tiny":
-        model, processor, _ = load_policy(args.output_dir if state else args.vla, device)
+    if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text()).get("lora_rank", 0)) != args.lora_rank:
+        raise UserError(f"{args.output_dir} was begun with --lora-rank = {begun}, not {args.lora_rank}: resume with the same")
+    begin = args.output_dir if state and not args.lora_rank else args.vla  # LoRA goes on from the first policy and its adapter: a checkpoint is merged
+    if begin != "tiny":
+        model, processor, _ = load_policy(begin, device)
     else:
         model = vla.OpenVLAForActionPrediction(vla.tiny_config()).to(device)
         model.init_action_rows()
@@ -362,13 +368,14 @@ def main(args: Args) -> None:
     width, K = model.config.text_config.hidden_size, max(len(TASKS[env_id].stages) for env_id in env_ids)
     # STARE: the learned separator reads the stage off the hidden state and teaches the policy nothing. With --learning-rate 0 it alone is trained
     heads = torch.nn.ModuleDict({"aux": torch.nn.Linear(width, where.shape[-1]), "separator": torch.nn.Linear(width, K)}).to(device)
-    params = [*model.parameters(), *heads["aux"].parameters()]
+    params = [*vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing), *heads["aux"].parameters()]
     groups = [{"params": params, "lr": args.learning_rate}, {"params": heads["separator"].parameters(), "lr": 1e-3}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     step, history = 0, []
     if state:
         optimizer.load_state_dict(state["optimizer"])
         heads.load_state_dict(state["heads"])
+        model.load_state_dict(state["adapter"], strict=False)
         step, history, start = state["step"], state["history"], start - state["wall_s"]
 
     model.train()
@@ -378,37 +385,38 @@ def main(args: Args) -> None:
         # The step alone decides its batch, so that a resumed run sees the same data
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         index = torch.randint(len(rgb), (args.batch_size,), generator=generator)
-        tasks, active = which[index].tolist(), actives[which[index]].to(device)  # (B, A)
-        inputs = processor(rgb[index], [instructions[i] for i in tasks], proprio[index], stats[0]["proprio"], device)
         jitter = args.label_jitter * torch.randn(bins[index].shape, generator=generator)
         jitter[:, -1] = 0  # the gripper knows two commands and nothing between
         mb_bins = (bins[index] + jitter.round().long()).clamp(0, model.config.n_action_bins - 1).to(device)
         cosine = 0.5 * (1 + np.cos(np.pi * step / args.num_updates))
         optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / args.warmup_updates, cosine)
-
-        logprob, _, hidden, greedy = action_logprob(model, inputs, mb_bins, active)
-        ce = -(logprob / active.sum(-1)).mean()  # cross-entropy per active token, nats
-        aux_loss = F.smooth_l1_loss(heads["aux"](hidden.float()), where[index].to(device) / 0.1)  # in units of 10 cm
-        stage_logits, mb_stages = heads["separator"](hidden.detach().float()), stages[index].to(device)
-        stage_loss = F.cross_entropy(stage_logits, mb_stages, ignore_index=-1, reduction="sum") / args.batch_size
-        loss = ce + args.aux_coef * aux_loss + stage_loss
         optimizer.zero_grad()
-        loss.backward()
+        rows = []
+        for chunk, chunk_bins in zip(index.split(args.chunk_size), mb_bins.split(args.chunk_size), strict=True):
+            active, texts = actives[which[chunk]].to(device), [instructions[i] for i in which[chunk]]  # (B, A), B
+            inputs = processor(rgb[chunk], texts, proprio[chunk], stats[0]["proprio"], device)
+            logprob, _, hidden, greedy = action_logprob(model, inputs, chunk_bins, active)
+            ce = -(logprob / active.sum(-1)).mean()  # cross-entropy per active token, nats
+            aux_loss = F.smooth_l1_loss(heads["aux"](hidden.float()), where[chunk].to(device) / 0.1)  # in units of 10 cm
+            stage_logits, mb_stages = heads["separator"](hidden.detach().float()), stages[chunk].to(device)
+            stage_loss = F.cross_entropy(stage_logits, mb_stages, ignore_index=-1, reduction="sum") / len(chunk)
+            share = len(chunk) / len(index)  # the chunks' gradients add up to that of the batch's mean
+            (share * (ce + args.aux_coef * aux_loss + stage_loss)).backward()
+            with torch.no_grad():
+                error = (greedy - bins[chunk].to(device)).abs()
+                l1 = 2 * error[active].float().mean() / (model.config.n_action_bins - 1)  # in units of the largest action
+                right, stage_right = (error[active] == 0).float().mean(), (stage_logits.argmax(-1) == mb_stages).float().mean()
+                rows.append(share * torch.stack([ce, aux_loss, right, l1, stage_right]))
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         optimizer.step()
         step += 1
-
-        with torch.no_grad():
-            error = (greedy - bins[index].to(device)).abs()[active]
-            l1 = 2 * error.float().mean() / (model.config.n_action_bins - 1)  # in units of the largest action
-            right, stage_right = (error == 0).float().mean(), (stage_logits.argmax(-1) == mb_stages).float().mean()
-            losses = {"ce": ce, "aux": aux_loss, "token_accuracy": right, "action_l1": l1, "grad_norm": grad_norm, "stage_accuracy": stage_right}
-            history.append(torch.stack([*losses.values()]))
+        history.append(torch.cat([torch.stack(rows).sum(0), grad_norm[None]]))
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
             seconds, time_update = (time.time() - time_update) / len(history), time.time()
             means, history = torch.stack(history).mean(0).tolist(), []  # since the last line
-            scalars = {f"losses/{name}": value for name, value in zip(losses, means, strict=True)}
+            names = ("ce", "aux", "token_accuracy", "action_l1", "stage_accuracy", "grad_norm")
+            scalars = {f"losses/{name}": value for name, value in zip(names, means, strict=True)}
             scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / seconds, "time/update": seconds,
                         "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30}  # fmt: skip
             if step % 500 == 0:
@@ -417,7 +425,9 @@ def main(args: Args) -> None:
                 writer.add_scalar(key, value, step)
         if step % args.save_freq == 0 or step == args.num_updates:
             wall = time.time() - start
-            state = {"script": "sft", "optimizer": optimizer.state_dict(), "heads": heads.state_dict(), "step": step, "history": history, "wall_s": wall}
+            adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
+            state = {"script": "sft", "optimizer": optimizer.state_dict(), "adapter": adapter, "heads": heads.state_dict(), "step": step, "history": history,
+                     "wall_s": wall}  # fmt: skip
             info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}
             save_checkpoint(output, model, processor, info, state, {"separator": heads["separator"]} if all(labelled) else {})
     progress.close()

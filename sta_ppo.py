@@ -32,7 +32,6 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
-from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
@@ -92,6 +91,10 @@ class Args:
     """optimiser steps per epoch; num_envs * num_steps must divide by it"""
     update_epochs: int = 2
     """passes over each roll-out"""
+    chunk_size: int = 128
+    """steps or frames per forward and backward pass: bounds the memory, changes no result"""
+    gradient_checkpointing: bool = False
+    """compute a layer's activations anew in the backward pass instead of keeping them: less memory, a third more computation"""
     clip_coef: float = 0.2
     """eps of the clipped ratio"""
     vf_coef: float = 0.5
@@ -172,7 +175,6 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
 def save_checkpoint(output: Path, model, processor, args: dict, state: dict, heads: dict = {}) -> None:  # noqa: B006
     """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), and each head by its name.
     The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
-    transformers_logging.disable_progress_bar()
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -223,7 +225,6 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
     if model_type != "openvla":
         raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
         return model, AutoProcessor.from_pretrained(folder), folder
@@ -383,7 +384,7 @@ def main(args: Args) -> None:
     if others:
         raise UserError("--env-id takes one task here; sft.py and eval.py take several")
     task = stare_utils.get_task(args.env_id)
-    for name in ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "save_freq"):
+    for name in ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "chunk_size", "save_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.lora_rank < 0:
@@ -417,8 +418,7 @@ def main(args: Args) -> None:
     model, processor, folder = load_policy(args.output_dir if state and not args.lora_rank else source, device)
     stats = task_stats(model, args.env_id, args.unnorm_key)
     set_seed(args.seed)
-    if args.lora_rank:
-        vla.add_lora(model, args.lora_rank)
+    params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
     sft_folder, separator = load_separator(folder, args.env_id, device) if args.stage_source == "learned" else (None, None)
     sft_model = separator and load_policy(sft_folder, device)[0]
     reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0]  # without its adapter LoRA's model is the first
@@ -426,7 +426,6 @@ def main(args: Args) -> None:
     stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_ppo")
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
-    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": params, "lr": args.learning_rate}, {"params": value_head.parameters(), "lr": args.value_learning_rate}],
         betas=(0.9, 0.95), weight_decay=0.0, fused=True,
@@ -564,33 +563,41 @@ def main(args: Args) -> None:
 
         # Optimizing the policy and value network
         history = []  # a row per minibatch
+        model.train(args.gradient_checkpointing)  # which works in this mode alone; the modes differ in nothing else
         for _ in range(args.update_epochs):
             for mb in torch.randperm(args.batch_size).split(args.minibatch_size):
-                newlogprob, entropy, hidden, _ = forward(model, mb)
-                mb_idx = mb.to(device)
-                newvalue = value_head(hidden)
-                assert newlogprob.shape == newvalue.shape == b_returns[mb_idx].shape == (args.minibatch_size,), "this would broadcast"
-
-                # Policy loss
-                logratio = newlogprob - b_logprobs[mb_idx]
-                pg_loss, ratio = ppo_loss(logratio, b_advantages[mb_idx], args.clip_coef)
-                # Value loss
-                v_loss = 0.5 * (newvalue - b_returns[mb_idx]).square().mean()
-                # KL to the start
-                ref_loss = kl_loss(newlogprob, b_ref_logprobs[mb_idx]) if args.kl_coef else torch.zeros((), device=device)
-                loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * ref_loss
                 optimizer.zero_grad()
-                loss.backward()
+                losses, logratios = [], []
+                for chunk in mb.split(args.chunk_size):
+                    newlogprob, entropy, hidden, _ = forward(model, chunk)
+                    chunk_idx = chunk.to(device)
+                    newvalue = value_head(hidden)
+                    assert newlogprob.shape == newvalue.shape == b_returns[chunk_idx].shape == chunk.shape, "this would broadcast"
+
+                    # Policy loss
+                    logratio = newlogprob - b_logprobs[chunk_idx]
+                    pg_loss = ppo_loss(logratio, b_advantages[chunk_idx], args.clip_coef)[0]
+                    # Value loss
+                    v_loss = 0.5 * (newvalue - b_returns[chunk_idx]).square().mean()
+                    # KL to the start
+                    ref_loss = kl_loss(newlogprob, b_ref_logprobs[chunk_idx]) if args.kl_coef else torch.zeros((), device=device)
+                    loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * ref_loss
+                    share = len(chunk) / len(mb)  # the chunks' gradients add up to that of the minibatch's mean
+                    (share * loss).backward()
+                    losses.append(share * torch.stack([pg_loss, v_loss, ref_loss, entropy.mean()]).detach())
+                    logratios.append(logratio.detach())
                 grad_norm = nn.utils.clip_grad_norm_([*params, *value_head.parameters()], args.max_grad_norm)
                 optimizer.step()
-                with torch.no_grad():  # approx_kl: unbiased and never negative, http://joschu.net/blog/kl-approx.html
-                    history.append({
-                        "policy_loss": pg_loss.detach(), "value_loss": v_loss.detach(), "entropy": entropy.mean(), "old_approx_kl": (-logratio).mean(),
-                        "approx_kl": (ratio - 1 - logratio).mean(), "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(), "grad_norm": grad_norm,
-                        "ratio": ratio.mean(), "largest_logratio": logratio.abs().max(), "kl_to_start": ref_loss.detach(),
-                    })  # fmt: skip
+                logratio, ratio = torch.cat(logratios), torch.cat(logratios).exp()
+                history.append({
+                    **dict(zip(("policy_loss", "value_loss", "kl_to_start", "entropy"), torch.stack(losses).sum(0), strict=True)),
+                    "old_approx_kl": (-logratio).mean(), "approx_kl": (ratio - 1 - logratio).mean(),  # never negative, http://joschu.net/blog/kl-approx.html
+                    "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(), "grad_norm": grad_norm,
+                    "ratio": ratio.mean(), "largest_logratio": logratio.abs().max(),
+                })  # fmt: skip
             if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
                 break
+        model.eval()
         iteration += 1
         if iteration == args.critic_warmup:
             for moments in optimizer.state.values():

@@ -28,14 +28,12 @@ import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort:
 import imageio
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
-from transformers.utils import logging as transformers_logging
 
 import vla
 from eval import evaluate
@@ -105,7 +103,9 @@ class Args:
     batch_size: int = 64
     """pairs per optimiser step"""
     chunk_size: int = 128
-    """steps per forward and backward pass: bounds the memory whatever the segments' lengths, changes no result"""
+    """steps or frames per forward and backward pass: bounds the memory, changes no result"""
+    gradient_checkpointing: bool = False
+    """compute a layer's activations anew in the backward pass instead of keeping them: less memory, a third more computation"""
 
     save_freq: int = 20
     """optimiser steps between checkpoints"""
@@ -155,7 +155,6 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
 def save_checkpoint(output: Path, model, processor, args: dict, state: dict, heads: dict = {}) -> None:  # noqa: B006
     """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), and each head by its name.
     The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
-    transformers_logging.disable_progress_bar()
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -206,7 +205,6 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
     if model_type != "openvla":
         raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
         return model, AutoProcessor.from_pretrained(folder), folder
@@ -298,7 +296,7 @@ def sta_tpo_loss(
     assert q_chosen.shape == q_rejected.shape == cost_chosen.shape == cost_rejected.shape, "shapes differ: this would broadcast"
     chosen_rewards = beta * (q_chosen - cost_coef * cost_chosen)
     rejected_rewards = beta * (q_rejected - cost_coef * cost_rejected)
-    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+    return -torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
 
 
 def build_stage_pairs(
@@ -562,9 +560,8 @@ def main(args: Args) -> None:
         ref_logprobs = torch.cat([logprobs(steps).cpu() for steps in tqdm(torch.arange(used).split(args.chunk_size), desc="reference", disable=None)])
     if state and not args.lora_rank:
         model, processor, _ = load_policy(str(output), device)
-    if args.lora_rank:
-        vla.add_lora(model, args.lora_rank)
-    params = [p for p in model.parameters() if p.requires_grad]
+    params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
+    model.train(args.gradient_checkpointing)
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     updates_per_epoch = math.ceil(len(pairs) / args.batch_size)
     step, warned = 0, set()

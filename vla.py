@@ -36,7 +36,9 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging as transformers_logging
 
 Tensor = torch.Tensor
 
@@ -154,7 +156,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     def __init__(self, width: int, heads: int, hidden: int, scale: bool):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
@@ -262,6 +264,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     config_class = OpenVLAConfig
     base_model_prefix = ""
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _keys_to_ignore_on_load_unexpected = [r"\.attn_pool\."]
 
     def __init__(self, config: OpenVLAConfig):
@@ -319,6 +322,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def from_pretrained(cls, folder, *inputs, output_loading_info: bool = False, **kwargs):
         """As ever, but ValueError unless each weight of the model is in the folder's files and is what they hold: transformers 5.0.0 loads other
         values where it initialises what it has loaded, and a missing one is only logged."""
+        transformers_logging.disable_progress_bar()
         model, info = super().from_pretrained(folder, *inputs, output_loading_info=True, **kwargs)
         wrong, weights = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}, model.state_dict()
         for file in Path(folder).glob("model*.safetensors"):
@@ -331,10 +335,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
     def save_pretrained(self, folder, **kwargs) -> None:
         """As ever, but LoRA matrices (`add_lora`) are merged into what is written: a checkpoint is always a whole model."""
+        transformers_logging.disable_progress_bar()
         state = {name.replace(".base_layer.", "."): value for name, value in self.state_dict().items() if ".lora_" not in name}
         for name, module in self.named_modules():
             if isinstance(module, LoraLayer):
-                state[f"{name}.weight"] = state[f"{name}.weight"] + module.get_delta_weight("default")
+                weight = state[f"{name}.weight"]  # of bfloat16 the sum is rounded once
+                state[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
         super().save_pretrained(folder, state_dict=state, **kwargs)
 
     def num_prefix(self) -> int:
@@ -348,9 +354,22 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
 
 def add_lora(model: OpenVLAForActionPrediction, rank: int) -> None:
-    """Freezes the model and adds trainable low-rank matrices (Hu et al. 2021; scale 1, B = 0 at the start) to every linear layer but the vocabulary's head."""
+    """Freezes the model and adds trainable low-rank matrices (Hu et al. 2021; scale 1, B = 0 at the start) to every linear layer but the vocabulary's head.
+    They are float32 whatever the model is: a step of 1e-4 is lost in bfloat16."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.endswith("lm_head")]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), model)
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+
+
+def prepare_training(model: OpenVLAForActionPrediction, lora_rank: int, gradient_checkpointing: bool) -> list[nn.Parameter]:
+    """The parameters to train: all of them, or LoRA's where its rank is not 0. With gradient checkpointing a layer's activations are computed anew in
+    the backward pass of a model in training mode, which differs from evaluation mode in nothing else."""
+    if lora_rank:
+        add_lora(model, lora_rank)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @contextlib.contextmanager

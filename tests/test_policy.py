@@ -124,6 +124,36 @@ def test_lora_is_trained_alone_switched_off_and_merged_into_checkpoints(tmp_path
     assert torch.allclose(logprob(loaded), after, atol=1e-4) and sum(p.numel() for p in loaded.parameters()) == weights
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient(lora_rank, monkeypatch):
+    gradients, calls, mlp = [], [], vla.MLP.forward
+    monkeypatch.setattr(vla.MLP, "forward", lambda self, x: [calls.append(1), mlp(self, x)][1])
+    for checkpointing in (False, True):
+        model, processor = two_towers()
+        params = vla.prepare_training(model, lora_rank, checkpointing)
+        inputs, bins = prompt(processor, frames(3)), torch.randint(0, 256, (3, 7), generator=torch.Generator().manual_seed(0))
+        calls.clear()
+        sta_ppo.action_logprob(model.train(), inputs, bins, ACTIVE)[0].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in params if p.grad is not None]))
+        assert len(calls) == 2 * (1 + checkpointing)  # two towers of two blocks, of which the last is not run
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].any()
+
+
+def test_lora_of_a_bfloat16_model_is_float32_and_merged_with_one_rounding(tmp_path):
+    model, processor = two_towers()
+    model = model.bfloat16()
+    params = vla.prepare_training(model, 2, False)
+    assert {p.dtype for p in params} == {torch.float32} and next(model.projector.fc1.base_layer.parameters()).dtype == torch.bfloat16
+    torch.manual_seed(0)
+    for p in params:
+        p.data = 0.05 * torch.randn_like(p)
+    layer = model.projector.fc1
+    merged = (layer.weight.float() + layer.get_delta_weight("default")).bfloat16()
+    sft.save_checkpoint(tmp_path, model, processor, {}, {})
+    loaded = sta_ppo.load_policy(str(tmp_path), torch.device("cpu"))[0]
+    assert loaded.dtype == torch.bfloat16 and torch.equal(loaded.projector.fc1.weight, merged) and not torch.equal(merged, layer.weight)
+
+
 def test_a_separator_is_found_along_the_chain_of_checkpoints(checkpoint, tmp_path):
     for name, source in (("tpo", checkpoint / "checkpoint"), ("ppo", tmp_path / "tpo")):  # a checkpoint, or the run folder that holds it
         (tmp_path / name).mkdir()

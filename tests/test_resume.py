@@ -1,9 +1,10 @@
 """A run that dies after its first save and is resumed ends like one that never stopped, bit for bit."""
 import pytest
-from conftest import call, differing, invent_rollouts, write_demos
+from conftest import call, differing, invent_rollouts, scalars, write_demos
 
 import sft
 import sta_tpo
+from stare_utils import UserError
 
 
 class Stopped(Exception):
@@ -32,10 +33,24 @@ def check_resume(script, monkeypatch, tmp_path, *args):
         assert differing(straight / "checkpoint", stopped / "checkpoint") == []
 
 
-def test_sft_resumes(tmp_path, monkeypatch):
-    demos = write_demos(tmp_path / "demos.h5")
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_sft_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
+    demos, vla = write_demos(tmp_path / "demos.h5"), checkpoint if lora_rank else "tiny"
     check_resume(sft, monkeypatch, tmp_path, "--demo-path", demos, "--num-updates", 5, "--save-freq", 2, "--warmup-updates", 2, "--batch-size", 4,
-                 "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
+                 "--lora-rank", lora_rank, "--vla", vla, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
+    with pytest.raises(UserError, match=f"begun with --lora-rank = {lora_rank}, not 3"):
+        call(sft, "--demo-path", demos, "--lora-rank", 3, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
+
+
+def test_sft_s_chunks_and_gradient_checkpointing_change_no_gradient(tmp_path):
+    demos = write_demos(tmp_path / "demos.h5")
+    for name, flags in (("whole", ()), ("parts", ("--chunk-size", 3, "--gradient-checkpointing"))):
+        call(sft, "--demo-path", demos, "--num-updates", 2, "--warmup-updates", 1, "--batch-size", 8, "--num-eval-episodes", 0, "--no-cuda", *flags,
+             "--output-dir", tmp_path / name)  # fmt: skip
+    whole, parts = (scalars(tmp_path / name) for name in ("whole", "parts"))
+    for key in ("losses/grad_norm", "losses/ce", "losses/aux", "losses/stage_accuracy"):
+        assert parts[key] == pytest.approx(whole[key], rel=1e-3), key
+    assert whole["losses/grad_norm"][0] > 0.1
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -95,6 +95,14 @@ def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
     assert differing(sparse / "checkpoint", stare / "checkpoint")
 
 
+def test_chunks_and_gradient_checkpointing_change_no_gradient(ppo):
+    one = ("--update-epochs", 1, "--num-minibatches", 1)
+    whole, parts = (scalars(ppo(name, 1, 20, *one, *flags)) for name, flags in (("whole", ()), ("parts", ("--chunk-size", 7, "--gradient-checkpointing"))))
+    for key in ("grad_norm", "policy_loss", "value_loss", "entropy", "approx_kl", "first_ratio", "advantage_std"):
+        assert parts[f"losses/{key}"] == pytest.approx(whole[f"losses/{key}"], rel=1e-4, abs=1e-6), key
+    assert whole["losses/grad_norm"][0] > 1e-3
+
+
 def test_an_episode_of_dense_reward_goes_on_after_success_and_pays_1_at_most(checkpoint, tmp_path, monkeypatch):
     seen, gae = {}, sta_ppo.compute_gae
 
