@@ -13,7 +13,6 @@ Letters: N envs, T steps, K stages, A action dimensions, B batch, D hidden width
 """
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -74,33 +73,18 @@ class Args:
     """results.json files: print one table with the paired difference of each to the one before on their common seeds, and stop"""
 
 
-def make_folder(path: str | Path) -> Path:
-    """Makes the folder where there is none. Raises UserError where nothing can be written."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {folder}: permission denied")
-    return folder
-
-
 def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
-    if not folder.is_dir():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote (nor does the hub, if reached, have it)")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote, or an OpenVLA (hub id, if in reach)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError):
-        raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
-    if model_type != "openvla":
-        raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-    try:
+        if model_type != "openvla":
+            raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
         model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
         return model, AutoProcessor.from_pretrained(folder), folder
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
@@ -115,21 +99,19 @@ def check_instructions(model, processor, texts: list[str]) -> None:
 def load_separator(folder: Path, env_id: str, device: torch.device):
     """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
     to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none for this task."""
-    chain = [folder]
     try:
-        while not (chain[-1] / "separator.safetensors").exists():
-            before = Path(json.loads((chain[-1] / "args.json").read_text())["checkpoint"])
-            chain.append(before / "checkpoint" if (before / "checkpoint").is_dir() else before)
-            if chain[-1] in chain[:-1]:
-                raise KeyError("the chain of checkpoints is a circle")
-        if env_id not in json.loads((chain[-1] / "args.json").read_text())["env_id"].split(","):
+        for _ in range(9):  # policies before this one; no chain is longer
+            if not (folder / "separator.safetensors").exists():
+                before = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
+                folder = before / "checkpoint" if (before / "checkpoint").is_dir() else before
+        if env_id not in json.loads((folder / "args.json").read_text())["env_id"].split(","):
             raise KeyError(env_id)
-        weights = load_file(chain[-1] / "separator.safetensors", device=str(device))
+        weights = load_file(folder / "separator.safetensors", device=str(device))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        raise UserError(f"no learned separator of {env_id} behind {folder}: sft.py trains one on demonstrations that it makes itself") from None
+        raise UserError(f"no learned separator of {env_id} behind this policy: sft.py trains one on demonstrations that it makes itself") from None
     separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
     separator.load_state_dict(weights)
-    return chain[-1], separator
+    return folder, separator
 
 
 def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
@@ -150,8 +132,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
     Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
     """
-    config, mask = model.config, inputs["attention_mask"]
-    end, n = config.action_id_end, config.n_action_bins
+    end, n, mask = model.config.action_id_end, model.config.n_action_bins, inputs["attention_mask"]
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
     mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
@@ -237,11 +218,11 @@ def evaluate(
     """Greedy evaluation on full episodes (no termination, no partial reset). A task with a grid of initial configurations has no more episodes than that.
 
     Returns `success_once`, `success_at_end`, `return`, `episode_len`, `furthest_stage` (means), `stage_reach_rate` (K,) = share of episodes that
-    completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows with seed,
+    completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, `seconds`, and `episodes`: rows with seed,
     success_once, success_at_end, return, episode_len, furthest_stage, stage_steps, and what the task reports at success. instructions: words given
     to the policy, in turn; empty: the task's. video: where to write an mp4 of the first 16 episodes. separator: see compare_separator."""
     stats, device, was_training = task_stats(model, env_id), next(model.parameters()).device, model.training
-    task, active = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"])
+    task, active, start = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"]), time.time()
     num_episodes, texts = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,)
     envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes, ood=ood,
                      image_size=processor.image_size)  # fmt: skip
@@ -288,7 +269,7 @@ def evaluate(
         **{name: float(np.mean([row[name] for row in rows])) for name in ("success_once", "success_at_end", "return", "episode_len", "furthest_stage")},
         "stage_reach_rate": [float((furthest > k).mean()) for k in range(K)],
         "stage_steps": np.mean([row["stage_steps"][:K] for row in rows], 0).tolist(),
-        "episodes": rows,
+        "seconds": time.time() - start, "episodes": rows,
     } | ({"separator": compare_separator(read, K)} if read else {})  # fmt: skip
 
 
@@ -349,11 +330,11 @@ def main(args: Args) -> None:
             raise UserError(f"--ood camera: {env_id}'s camera cannot move, a photograph stands behind its scene; use position or lighting")
         texts[env_id] = (args.instruction,) if args.instruction else stare_utils.get_task(env_id).paraphrases if args.instruction_set == "paraphrase" else ()
         check_instructions(model, processor, texts[env_id])
-    output = make_folder(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
+    output = Path(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
+    output.mkdir(parents=True, exist_ok=True)
     trained = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     for env_id in env_ids:
-        start = time.time()
         known = (folder / "separator.safetensors").exists() and env_id in trained.get("env_id", "").split(",")
         separator = load_separator(folder, env_id, device)[1] if known else None
         # each task, --ood and other words have files of their own
@@ -364,7 +345,7 @@ def main(args: Args) -> None:
         result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend,
                           full_meshes=args.full_meshes, ood=args.ood, instructions=texts[env_id], video=video, separator=separator)  # fmt: skip
         row = {"method": args.method or trained.get("method", ""), "env_id": env_id, "seed": trained.get("seed"), "num_episodes": len(result["episodes"]),
-               "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1), "ood": args.ood,
+               "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "ood": args.ood,
                "instructions": texts[env_id], "commit": commit, "command": " ".join(["python", *sys.argv])}  # fmt: skip
         write_text(output / f"{name}.json", json.dumps({**row, **result}))
         print_table([{**row, **result}])
@@ -375,8 +356,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with stare_utils.one_line_errors():
         main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

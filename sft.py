@@ -6,17 +6,17 @@
 
 loss = -mean over samples of [ sum over active action tokens of log pi(token | image, proprioception, instruction, tokens before) ] / (active tokens)
        + c_aux * smooth L1 distance between a linear read-out of the hidden state and where object and goal are
-Deviations from OpenVLA's recipe (openvla/openvla@c8f03f4 vla-scripts/finetune.py): (1) the softmax runs over the 256 action bins, as in the other
-scripts; (2) dimensions that never vary are left out; (3) the default model is trained from scratch, all weights; (4) the auxiliary loss; (5) targets
-blurred over neighbouring bins (--label-jitter), so that the loss has a floor: 2.8 nats per blurred token at a jitter of 4 bins.
+Equations, choices, what differs from OpenVLA's recipe: docs/sft.md.
 Letters: B batch, M frames, A action tokens, D hidden width.
 """
+import contextlib
 import json
 import os
 import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort:
 import h5py
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from mani_skill.trajectory import utils as trajectory_utils
@@ -76,19 +77,15 @@ class Args:
     lora_rank: int = 0
     """0 trains all weights; else LoRA matrices of this rank on the linear layers (not the vocabulary's head), merged into what is written"""
     learning_rate: float = 1e-3
-    """peak of the schedule: linear warm-up, then cosine to zero"""
-    warmup_updates: int = 100
-    """optimiser steps of warm-up"""
+    """peak of the schedule: linear warm-up of 100 updates, then cosine to zero"""
     num_updates: int = 2500
     """optimiser steps; a few hundred learn nothing from scratch"""
     batch_size: int = 64
-    """frames per optimiser step"""
+    """frames per optimiser step, of each process"""
     chunk_size: int = 128
     """steps or frames per forward and backward pass: bounds the memory, changes no result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations anew in the backward pass instead of keeping them: less memory, a third more computation"""
-    weight_decay: float = 0.01
-    """AdamW"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
 
@@ -103,29 +100,35 @@ class Args:
     """episodes of the evaluation at the end; 0 leaves it out"""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the place and renames, so that no reader ever sees half a file."""
-    path.with_name(path.name + ".tmp").write_text(text)
-    path.with_name(path.name + ".tmp").replace(path)
+def join_processes(cuda: bool) -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device, of a data-parallel job that `torchrun` started or of this process alone. Rank 0 alone prints and writes."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = cuda and torch.cuda.is_available()
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))  # the others wait while rank 0 makes demonstrations or evaluates
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
+        if cuda:
+            torch.cuda.set_device(local)
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
-def make_folder(path: str | Path) -> Path:
-    """Makes the folder where there is none. Raises UserError where nothing can be written."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {folder}: permission denied")
-    return folder
+def sum_over_processes(tensors: list[torch.Tensor | None]) -> None:
+    """Sums tensors (None: a weight that has no gradient) over the processes of a data-parallel job, in place."""
+    for x in tensors if dist.is_initialized() else ():
+        if x is not None:
+            dist.all_reduce(x)
 
 
-def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
-    """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
+def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
+    """The run folder and, of rank 0, its TensorBoard writer. Raises UserError when the folder already holds a run."""
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run's --output-dir")
-    output = make_folder(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
+    name = [args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}"]
+    if rank > 0:
+        dist.broadcast_object_list(name)  # once rank 0 has made it
+        return Path(name[0]), None
+    output = Path(name[0])
+    output.mkdir(parents=True, exist_ok=True)
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if (output / "checkpoint" / "args.json").exists():
@@ -139,6 +142,8 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
         wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(output)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
+    if dist.is_initialized():
+        dist.broadcast_object_list(name)
     return output, writer
 
 
@@ -149,7 +154,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     processor.save_pretrained(new)
-    write_text(new / "args.json", json.dumps(args, indent=1))
+    (new / "args.json").write_text(json.dumps(args, indent=1))
     for name, head in heads.items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
     torch.save(state, new / "training_state.pt")
@@ -162,7 +167,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
 
 def load_state(output: Path, script: str) -> dict | None:
     """The training state of output/checkpoint, None where there is none (every step seeds its own random numbers). UserError: another script's."""
-    if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
+    with contextlib.suppress(OSError):  # died between two renames
         (output / "checkpoint.old").rename(output / "checkpoint")
     if not (output / "checkpoint" / "training_state.pt").exists():
         return None
@@ -175,18 +180,15 @@ def load_state(output: Path, script: str) -> dict | None:
 def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
-    if not folder.is_dir():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote (nor does the hub, if reached, have it)")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote, or an OpenVLA (hub id, if in reach)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError):
-        raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
-    if model_type != "openvla":
-        raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-    try:
+        if model_type != "openvla":
+            raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
         model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
         return model, AutoProcessor.from_pretrained(folder), folder
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
@@ -201,9 +203,8 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
     out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
     logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
-    active = active.to(bins.device)
-    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
-    entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
+    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active.to(bins.device)).sum(-1)
+    entropy = (-(logp.exp() * logp).sum(-1) * active.to(bins.device)).sum(-1)
     assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action: anything else would broadcast"
     return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
 
@@ -252,11 +253,10 @@ def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
                         rgb, proprio, actions, labels, where, stage = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
                         group = file.create_group(f"traj_{len(kept)}")
                         final = next_info["final_obs"]
-                        rgb = np.concatenate([rgb, final["rgb"][i][None].cpu()])
+                        rgb, proprio = (np.concatenate([x, final[name][i][None].cpu()]) for x, name in ((rgb, "rgb"), (proprio, "proprio")))
                         group.create_dataset("obs/sensor_data/base_camera/rgb", data=rgb, compression="lzf")
-                        group["obs/proprio"] = np.concatenate([proprio, final["proprio"][i][None].cpu()])
+                        group["obs/proprio"], group["success"] = proprio, np.arange(1, len(actions) + 1) == len(actions)
                         group["actions"], group["expert_actions"], group["geometry"], group["stage"] = actions, labels, where, stage
-                        group["success"] = np.arange(1, len(actions) + 1) == len(actions)
                         kept.append({"episode_id": len(kept), "episode_seed": int(info["seed"][i]), "control_mode": task.arm.control_mode,
                                      "elapsed_steps": len(actions), "success": True})  # fmt: skip
                         progress.update()
@@ -269,7 +269,7 @@ def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
     progress.close()
     envs.close()
     meta = {"env_info": {"env_id": env_id, "max_episode_steps": horizon}, "source_type": "scripted", "episodes": kept}
-    write_text(path.with_suffix(".json"), json.dumps(meta))
+    path.with_suffix(".json").write_text(json.dumps(meta))
     path.with_suffix(".tmp").rename(path)
 
 
@@ -330,7 +330,7 @@ def main(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if paths and len(paths) != len(env_ids):
         raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    rank, world, device = join_processes(args.cuda)
     set_seed(args.seed)
     # Everything that can be wrong with the input is found before the run folder is made
     for env_id in env_ids:
@@ -348,10 +348,11 @@ def main(args: Args) -> None:
     instructions = [TASKS[env_id].instruction for env_id in env_ids]
     check_instructions(model, processor, instructions)
     demos = [read_demos(path, env_id, args.num_demos, processor.image_size) for path, env_id in zip(paths, env_ids, strict=True)] if paths else []
-    output, writer = open_run(args, "sft")
+    output, writer = open_run(args, "sft", rank)
     for env_id in env_ids[len(demos) :]:
-        if not (output / f"demos_{env_id}.h5").exists():
+        if rank == 0 and not (output / f"demos_{env_id}.h5").exists():
             collect_demos(output / f"demos_{env_id}.h5", env_id, args, processor.image_size)
+        sum_over_processes([torch.zeros(1, device=device)])  # the others wait
         demos.append(read_demos(output / f"demos_{env_id}.h5", env_id, args.num_demos, processor.image_size))
     rgb, proprio, actions, where, stages = (torch.cat(parts) for parts in zip(*demos, strict=True))
     which = torch.repeat_interleave(torch.arange(len(env_ids)), torch.tensor([len(part[0]) for part in demos]))  # (M,) task of each frame
@@ -370,7 +371,7 @@ def main(args: Args) -> None:
     heads = torch.nn.ModuleDict({"aux": torch.nn.Linear(width, where.shape[-1]), "separator": torch.nn.Linear(width, K)}).to(device)
     params = [*vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing), *heads["aux"].parameters()]
     groups = [{"params": params, "lr": args.learning_rate}, {"params": heads["separator"].parameters(), "lr": 1e-3}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     step, history = 0, []
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -380,19 +381,19 @@ def main(args: Args) -> None:
 
     model.train()
     time_update = time.time()
-    progress = trange(args.num_updates, initial=step, desc="sft", unit="update", disable=None)
+    progress = trange(args.num_updates, initial=step, desc="sft", unit="update", disable=rank > 0 or None)
     while step < args.num_updates:
         # The step alone decides its batch, so that a resumed run sees the same data
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        index = torch.randint(len(rgb), (args.batch_size,), generator=generator)
+        index = torch.randint(len(rgb), (world * args.batch_size,), generator=generator)
         jitter = args.label_jitter * torch.randn(bins[index].shape, generator=generator)
         jitter[:, -1] = 0  # the gripper knows two commands and nothing between
         mb_bins = (bins[index] + jitter.round().long()).clamp(0, model.config.n_action_bins - 1).to(device)
         cosine = 0.5 * (1 + np.cos(np.pi * step / args.num_updates))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / args.warmup_updates, cosine)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 100, cosine)
         optimizer.zero_grad()
         rows = []
-        for chunk, chunk_bins in zip(index.split(args.chunk_size), mb_bins.split(args.chunk_size), strict=True):
+        for chunk, chunk_bins in zip(index[rank::world].split(args.chunk_size), mb_bins[rank::world].split(args.chunk_size), strict=True):
             active, texts = actives[which[chunk]].to(device), [instructions[i] for i in which[chunk]]  # (B, A), B
             inputs = processor(rgb[chunk], texts, proprio[chunk], stats[0]["proprio"], device)
             logprob, _, hidden, greedy = action_logprob(model, inputs, chunk_bins, active)
@@ -400,51 +401,49 @@ def main(args: Args) -> None:
             aux_loss = F.smooth_l1_loss(heads["aux"](hidden.float()), where[chunk].to(device) / 0.1)  # in units of 10 cm
             stage_logits, mb_stages = heads["separator"](hidden.detach().float()), stages[chunk].to(device)
             stage_loss = F.cross_entropy(stage_logits, mb_stages, ignore_index=-1, reduction="sum") / len(chunk)
-            share = len(chunk) / len(index)  # the chunks' gradients add up to that of the batch's mean
+            share = len(chunk) / len(index)  # the gradients of all chunks and processes add up to that of the batch's mean
             (share * (ce + args.aux_coef * aux_loss + stage_loss)).backward()
             with torch.no_grad():
                 error = (greedy - bins[chunk].to(device)).abs()
                 l1 = 2 * error[active].float().mean() / (model.config.n_action_bins - 1)  # in units of the largest action
                 right, stage_right = (error[active] == 0).float().mean(), (stage_logits.argmax(-1) == mb_stages).float().mean()
                 rows.append(share * torch.stack([ce, aux_loss, right, l1, stage_right]))
+        row = torch.stack(rows).sum(0)
+        sum_over_processes([row, *(p.grad for group in optimizer.param_groups for p in group["params"])])
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         optimizer.step()
         step += 1
-        history.append(torch.cat([torch.stack(rows).sum(0), grad_norm[None]]))
+        history.append(torch.cat([row, grad_norm[None]]))
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
             seconds, time_update = (time.time() - time_update) / len(history), time.time()
             means, history = torch.stack(history).mean(0).tolist(), []  # since the last line
-            names = ("ce", "aux", "token_accuracy", "action_l1", "stage_accuracy", "grad_norm")
-            scalars = {f"losses/{name}": value for name, value in zip(names, means, strict=True)}
-            scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / seconds, "time/update": seconds,
+            names = ("losses/ce", "losses/aux", "losses/token_accuracy", "losses/action_l1", "losses/stage_accuracy", "losses/grad_norm")
+            scalars = dict(zip(names, means, strict=True))
+            scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": len(index) / seconds, "time/update": seconds,
                         "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30}  # fmt: skip
             if step % 500 == 0:
                 print(f"update {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scalars.items()), flush=True)
-            for key, value in scalars.items():
+            for key, value in scalars.items() if rank == 0 else ():
                 writer.add_scalar(key, value, step)
-        if step % args.save_freq == 0 or step == args.num_updates:
-            wall = time.time() - start
+        if rank == 0 and (step % args.save_freq == 0 or step == args.num_updates):
             adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
             state = {"script": "sft", "optimizer": optimizer.state_dict(), "adapter": adapter, "heads": heads.state_dict(), "step": step, "history": history,
-                     "wall_s": wall}  # fmt: skip
-            info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(wall, 1)}
+                     "wall_s": time.time() - start}  # fmt: skip
+            info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(state["wall_s"], 1)}
             save_checkpoint(output, model, processor, info, state, {"separator": heads["separator"]} if all(labelled) else {})
     progress.close()
+    if rank > 0:
+        return
     for env_id in env_ids if args.num_eval_episodes else []:
-        begin = time.time()
         result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
-        scalars = {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
-        for key, value in {**scalars, "time/eval": time.time() - begin}.items():
-            writer.add_scalar(key if len(env_ids) == 1 else f"{key}/{env_id}", value, step)
+        for key in (key for key, value in result.items() if isinstance(value, float)):
+            writer.add_scalar(f"eval/{key}" + f"/{env_id}" * (len(env_ids) > 1), result[key], step)
         print(f"{env_id}: success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    try:
+    with stare_utils.one_line_errors():
         main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

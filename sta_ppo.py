@@ -12,6 +12,7 @@ episodes begin anew with a roll-out, where the horizon allows. `grep STARE` show
 To add a task edit TASKS in stare_utils.py, nothing here, and imitate it first (sft.py).
 Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
 """
+import contextlib
 import json
 import math
 import os
@@ -19,12 +20,14 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -60,7 +63,7 @@ class Args:
     env_id: str = "PickCube-v1"
     """task"""
     num_envs: int = 8
-    """env processes (CPU) or parallel envs (GPU)"""
+    """env processes (CPU) or parallel envs (GPU), of each process of a `torchrun` job"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
 
@@ -126,36 +129,42 @@ class Args:
 
     # to be filled in runtime
     batch_size: int = 0
-    """num_envs * num_steps (computed)"""
+    """num_envs * num_steps * processes (computed)"""
     minibatch_size: int = 0
     """batch_size / num_minibatches (computed)"""
     num_iterations: int = 0
     """total_timesteps / batch_size, rounded up (computed)"""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the place and renames, so that no reader ever sees half a file."""
-    path.with_name(path.name + ".tmp").write_text(text)
-    path.with_name(path.name + ".tmp").replace(path)
+def join_processes(cuda: bool) -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device, of a data-parallel job that `torchrun` started or of this process alone. Rank 0 alone prints and writes."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = cuda and torch.cuda.is_available()
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))  # the others wait while rank 0 makes demonstrations or evaluates
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
+        if cuda:
+            torch.cuda.set_device(local)
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
-def make_folder(path: str | Path) -> Path:
-    """Makes the folder where there is none. Raises UserError where nothing can be written."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {folder}: permission denied")
-    return folder
+def sum_over_processes(tensors: list[torch.Tensor | None]) -> None:
+    """Sums tensors (None: a weight that has no gradient) over the processes of a data-parallel job, in place."""
+    for x in tensors if dist.is_initialized() else ():
+        if x is not None:
+            dist.all_reduce(x)
 
 
-def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
-    """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
+def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
+    """The run folder and, of rank 0, its TensorBoard writer. Raises UserError when the folder already holds a run."""
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run's --output-dir")
-    output = make_folder(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
+    name = [args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}"]
+    if rank > 0:
+        dist.broadcast_object_list(name)  # once rank 0 has made it
+        return Path(name[0]), None
+    output = Path(name[0])
+    output.mkdir(parents=True, exist_ok=True)
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if (output / "checkpoint" / "args.json").exists():
@@ -169,6 +178,8 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
         wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(output)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
+    if dist.is_initialized():
+        dist.broadcast_object_list(name)
     return output, writer
 
 
@@ -179,7 +190,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     processor.save_pretrained(new)
-    write_text(new / "args.json", json.dumps(args, indent=1))
+    (new / "args.json").write_text(json.dumps(args, indent=1))
     for name, head in heads.items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
     torch.save(state, new / "training_state.pt")
@@ -192,7 +203,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
 
 def load_state(output: Path, script: str) -> dict | None:
     """The training state of output/checkpoint, None where there is none (every step seeds its own random numbers). UserError: another script's."""
-    if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
+    with contextlib.suppress(OSError):  # died between two renames
         (output / "checkpoint.old").rename(output / "checkpoint")
     if not (output / "checkpoint" / "training_state.pt").exists():
         return None
@@ -206,8 +217,7 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
     """The newest checkpoint of the first of `scripts` that has run on this env, else the one shipped with the repository."""
     root = Path(__file__).parent
     for script in scripts:
-        found = [folder for folder in Path("runs").glob(f"*__{script}__*/checkpoint") if env_id in folder.parent.name.split("__")[0].split(",")]
-        if found:
+        if found := [folder for folder in Path("runs").glob(f"*__{script}__*/checkpoint") if env_id in folder.parent.name.split("__")[0].split(",")]:
             return str(max(found, key=lambda folder: folder.stat().st_mtime))
     if (root / "checkpoints" / f"{env_id}__sft").is_dir():
         return str(root / "checkpoints" / f"{env_id}__sft")
@@ -217,39 +227,34 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
 def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
-    if not folder.is_dir():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote (nor does the hub, if reached, have it)")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote, or an OpenVLA (hub id, if in reach)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError):
-        raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
-    if model_type != "openvla":
-        raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-    try:
+        if model_type != "openvla":
+            raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
         model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
         return model, AutoProcessor.from_pretrained(folder), folder
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def load_separator(folder: Path, env_id: str, device: torch.device):
     """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
     to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none for this task."""
-    chain = [folder]
     try:
-        while not (chain[-1] / "separator.safetensors").exists():
-            before = Path(json.loads((chain[-1] / "args.json").read_text())["checkpoint"])
-            chain.append(before / "checkpoint" if (before / "checkpoint").is_dir() else before)
-            if chain[-1] in chain[:-1]:
-                raise KeyError("the chain of checkpoints is a circle")
-        if env_id not in json.loads((chain[-1] / "args.json").read_text())["env_id"].split(","):
+        for _ in range(9):  # policies before this one; no chain is longer
+            if not (folder / "separator.safetensors").exists():
+                before = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
+                folder = before / "checkpoint" if (before / "checkpoint").is_dir() else before
+        if env_id not in json.loads((folder / "args.json").read_text())["env_id"].split(","):
             raise KeyError(env_id)
-        weights = load_file(chain[-1] / "separator.safetensors", device=str(device))
+        weights = load_file(folder / "separator.safetensors", device=str(device))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        raise UserError(f"no learned separator of {env_id} behind {folder}: sft.py trains one on demonstrations that it makes itself") from None
+        raise UserError(f"no learned separator of {env_id} behind this policy: sft.py trains one on demonstrations that it makes itself") from None
     separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
     separator.load_state_dict(weights)
-    return chain[-1], separator
+    return folder, separator
 
 
 def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
@@ -270,8 +275,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
     Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
     """
-    config, mask = model.config, inputs["attention_mask"]
-    end, n = config.action_id_end, config.n_action_bins
+    end, n, mask = model.config.action_id_end, model.config.n_action_bins, inputs["attention_mask"]
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
     mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
@@ -302,9 +306,8 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
     out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
     logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
-    active = active.to(bins.device)
-    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
-    entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
+    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active.to(bins.device)).sum(-1)
+    entropy = (-(logp.exp() * logp).sum(-1) * active.to(bins.device)).sum(-1)
     assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action: anything else would broadcast"
     return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
 
@@ -389,9 +392,11 @@ def main(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.lora_rank < 0:
         raise UserError(f"--lora-rank must be at least 0, not {args.lora_rank}")
-    args.batch_size = args.num_envs * args.num_steps
-    if args.batch_size % args.num_minibatches:
-        raise UserError(f"num_envs * num_steps = {args.batch_size} does not divide by --num-minibatches {args.num_minibatches}")
+    (rank, world, device), threads = join_processes(args.cuda), torch.get_num_threads()
+    T, N = args.num_steps, args.num_envs
+    if T * N % args.num_minibatches:
+        raise UserError(f"num_envs * num_steps = {T * N} does not divide by --num-minibatches {args.num_minibatches}")
+    args.batch_size = world * T * N
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = -(-args.total_timesteps // args.batch_size)
     if args.num_iterations <= args.critic_warmup:
@@ -406,12 +411,11 @@ def main(args: Args) -> None:
     reward_scale = 1 / task.max_episode_steps if args.reward == "dense" else 1.0
     if weight * (K if args.potential_across_stages == "offset" else 1) > 1 and args.critic_warmup == 0:
         print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
-    device, threads = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), torch.get_num_threads()
     state = load_state(Path(args.output_dir), "sta_ppo") if args.resume and args.output_dir else None
     source = state["source"] if state else args.vla or args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
     if state:
         begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
-        for name, flags in (("batch_size", "num_envs * num_steps"), ("lora_rank", "--lora-rank")):
+        for name, flags in (("batch_size", "num_envs * num_steps * processes"), ("lora_rank", "--lora-rank")):
             if begun[name] != getattr(args, name):
                 raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
     # LoRA goes on from the first policy and its adapter: what a checkpoint holds is merged
@@ -424,7 +428,7 @@ def main(args: Args) -> None:
     reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0]  # without its adapter LoRA's model is the first
     active = ~vla.constant_dims(stats["action"])
     stare_utils.check_world(args.env_id)
-    output, writer = open_run(args, "sta_ppo")
+    output, writer = open_run(args, "sta_ppo", rank)
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
     optimizer = torch.optim.AdamW(
         [{"params": params, "lr": args.learning_rate}, {"params": value_head.parameters(), "lr": args.value_learning_rate}],
@@ -467,16 +471,14 @@ def main(args: Args) -> None:
         return action_logprob(policy, policy_inputs({name: value[mb] for name, value in b_obs.items()}), b_bins[mb.to(device)], active)
 
     def log_evaluation(global_step: int) -> None:
-        if args.num_eval_episodes:
-            begin = time.time()
+        if args.num_eval_episodes and rank == 0:
             result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
-            scalars = {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
-            for key, value in {**scalars, "time/eval": time.time() - begin}.items():
-                writer.add_scalar(key, value, global_step)
+            for key in (key for key, value in result.items() if isinstance(value, float)):
+                writer.add_scalar(f"eval/{key}", result[key], global_step)
             print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
 
     # ALGO LOGIC: storage, (T, N, ...)
-    T, N, A = args.num_steps, args.num_envs, len(active)
+    A = len(active)
     next_obs, next_info = envs.reset(seed=args.seed)
     counts, lengths = torch.zeros(N), torch.tensor([stage.length for stage in task.stage_table])
     so_far = {"returns": torch.zeros(N, 2), "steps": torch.zeros(N, K), "costs": torch.zeros(N, K)}  # of each env's present episode
@@ -486,13 +488,14 @@ def main(args: Args) -> None:
     logprobs, env_rewards, rewards, potentials, next_potentials, values, final_values = (torch.zeros(T, N, device=device) for _ in range(7))
     terminated, done = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(2))
 
-    progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step", disable=None)
+    progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step",
+                    disable=rank > 0 or None)  # fmt: skip
     while iteration < args.num_iterations:
-        # The iteration alone decides its random numbers and episodes: whoever resumes here goes on exactly as if never stopped
-        torch.manual_seed(args.seed * 1_000_003 + iteration)
+        # Iteration and process alone decide their random numbers and episodes: whoever resumes here goes on exactly as if never stopped
+        torch.manual_seed((args.seed * 1_000_003 + iteration) * world + rank)
         time_rollout = time.time()
         if iteration % fresh == 0:
-            next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + iteration * N) % (stare_utils.TRAIN_SEEDS - N))
+            next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + (iteration * world + rank) * N) % (stare_utils.TRAIN_SEEDS - N))
             # Only the first `whole` episodes of each env count in the statistics: another one fits into the roll-out only after a quick success
             counts = torch.full((N,), whole)
             for sums in so_far.values():
@@ -505,6 +508,7 @@ def main(args: Args) -> None:
 
         # TRY NOT TO MODIFY: roll-out, in one torch thread: the env processes are the parallelism
         torch.set_num_threads(1)
+        rows = []  # of the episodes that end in it
         for t in range(T):
             for name, value in next_obs.items():
                 obs[name][t] = value
@@ -536,15 +540,18 @@ def main(args: Args) -> None:
                     furthest, costs = int(final["furthest_stage"][i]), so_far["costs"][i] / so_far["steps"][i]  # NaN: the stage was never entered
                     row = {"success_once": furthest == K, "success_at_end": bool(final["success"][i]), "episodic_return": so_far["returns"][i, 0],
                            "shaped_return": so_far["returns"][i, 1], "episodic_length": final["elapsed_steps"][i], "furthest_stage": furthest}
-                    recent.append({f"charts/{key}": float(value) for key, value in row.items()})
+                    rows.append({f"charts/{key}": float(value) for key, value in row.items()})
                     for k, name in enumerate(task.stages):
                         numbers = {"reached": furthest > k, "steps": so_far["steps"][i, k], "cost": costs[k]}
-                        recent[-1] |= {f"stage/{k}_{name}_{key}": float(value) for key, value in numbers.items()}
+                        rows[-1] |= {f"stage/{k}_{name}_{key}": float(value) for key, value in numbers.items()}
                 counts[i] -= 1
                 for sums in so_far.values():
                     sums[i] = 0
+        if world > 1:
+            dist.all_gather_object(shares := [None] * world, rows)
+            rows = [row for share in shares for row in share]
         # Whole rounds of roll-outs: their rows stand in the order in which they ended, and the last ones of a round are its slow ones, the failures
-        recent = recent[-N * whole * -(-100 // (N * whole)) :]
+        recent = (recent + rows)[-world * N * whole * -(-100 // (world * N * whole)) :]
         # V of the true next state: the next row's value, the bootstrap after the last row; at an episode's end V of its final observation
         next_values = torch.where(done, final_values, torch.cat([values[1:], value_of(next_obs)[None]]))
         advantages, returns = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
@@ -553,19 +560,24 @@ def main(args: Args) -> None:
 
         # flatten the batch
         b_obs = {name: value.flatten(0, 1) for name, value in obs.items()}
-        b_bins, b_logprobs, b_returns, b_stages = bins.flatten(0, 1), logprobs.flatten(), returns.flatten(), stages.flatten()
+        b_bins, b_logprobs, b_returns = bins.flatten(0, 1), logprobs.flatten(), returns.flatten()
+        # of all processes: (4, world * B), own steps at `own`
+        all_steps, own = torch.zeros(4, world * T * N, device=device), slice(rank * T * N, (rank + 1) * T * N)
+        all_steps[:, own] = torch.stack([advantages, returns, values, stages.float()]).flatten(1)
+        sum_over_processes([all_steps])
+        all_advantages, all_returns, all_values, all_stages = all_steps
         # STARE: --stage-advantage normalises within the stage in which the action was taken
-        b_advantages = normalize(advantages.flatten(), b_stages if args.stage_advantage else None)
+        b_advantages = normalize(all_advantages, all_stages if args.stage_advantage else None)[own]
 
         if args.kl_coef:
             with torch.no_grad(), vla.lora_off(reference):
-                b_ref_logprobs = torch.cat([forward(reference, mb)[0] for mb in torch.arange(args.batch_size).split(args.minibatch_size)])
+                b_ref_logprobs = torch.cat([forward(reference, mb)[0] for mb in torch.arange(T * N).split(args.chunk_size)])
 
         # Optimizing the policy and value network
         history = []  # a row per minibatch
         model.train(args.gradient_checkpointing)  # which works in this mode alone; the modes differ in nothing else
         for _ in range(args.update_epochs):
-            for mb in torch.randperm(args.batch_size).split(args.minibatch_size):
+            for mb in torch.randperm(T * N).split(args.minibatch_size // world):
                 optimizer.zero_grad()
                 losses, logratios = [], []
                 for chunk in mb.split(args.chunk_size):
@@ -582,19 +594,22 @@ def main(args: Args) -> None:
                     # KL to the start
                     ref_loss = kl_loss(newlogprob, b_ref_logprobs[chunk_idx]) if args.kl_coef else torch.zeros((), device=device)
                     loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * ref_loss
-                    share = len(chunk) / len(mb)  # the chunks' gradients add up to that of the minibatch's mean
-                    (share * loss).backward()
+                    share = len(chunk) / len(mb)
+                    (share / world * loss).backward()  # the gradients of all chunks and processes add up to that of the minibatch's mean
                     losses.append(share * torch.stack([pg_loss, v_loss, ref_loss, entropy.mean()]).detach())
                     logratios.append(logratio.detach())
+                sum_over_processes([p.grad for p in (*params, *value_head.parameters())])
                 grad_norm = nn.utils.clip_grad_norm_([*params, *value_head.parameters()], args.max_grad_norm)
                 optimizer.step()
                 logratio, ratio = torch.cat(logratios), torch.cat(logratios).exp()
-                history.append({
+                row = {
                     **dict(zip(("policy_loss", "value_loss", "kl_to_start", "entropy"), torch.stack(losses).sum(0), strict=True)),
                     "old_approx_kl": (-logratio).mean(), "approx_kl": (ratio - 1 - logratio).mean(),  # never negative, http://joschu.net/blog/kl-approx.html
                     "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(), "grad_norm": grad_norm,
                     "ratio": ratio.mean(), "largest_logratio": logratio.abs().max(),
-                })  # fmt: skip
+                }  # fmt: skip
+                sum_over_processes([means := torch.stack(list(row.values())) / world])
+                history.append(dict(zip(row, means, strict=True)))
             if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
                 break
         model.eval()
@@ -610,7 +625,8 @@ def main(args: Args) -> None:
         now = time.time()
         scalars |= {
             "losses/first_ratio": history[0]["ratio"].item(), "losses/rollout_update_logprob_gap": history[0]["largest_logratio"].item(),
-            "losses/explained_variance": 1 - ((returns - values).var() / returns.var().clamp(min=1e-8)).item(), "losses/advantage_std": advantages.std().item(),
+            "losses/explained_variance": 1 - ((all_returns - all_values).var() / all_returns.var().clamp(min=1e-8)).item(),
+            "losses/advantage_std": all_advantages.std().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / (now - time_rollout),
             "time/rollout": time_update - time_rollout, "time/update": now - time_update, "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
         }  # fmt: skip
@@ -622,12 +638,12 @@ def main(args: Args) -> None:
             print(f"warning: {line}")
             warned.add(line)
         progress.update(args.batch_size)
-        for key, value in scalars.items():
+        for key, value in scalars.items() if rank == 0 else ():
             writer.add_scalar(key, value, global_step)
         print(f"step {global_step}: success {scalars.get('charts/success_once', np.nan):.2f} length {scalars.get('charts/episodic_length', np.nan):.1f} "
               f"kl {scalars['losses/approx_kl']:.4f} clip {scalars['losses/clipfrac']:.2f} ev {scalars['losses/explained_variance']:.2f} "
               f"entropy {scalars['losses/entropy']:.1f} SPS {scalars['charts/SPS']:.0f}", flush=True)  # fmt: skip
-        if iteration % save_freq == 0 or iteration == args.num_iterations:
+        if rank == 0 and (iteration % save_freq == 0 or iteration == args.num_iterations):
             wall = time.time() - start
             method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
             adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
@@ -639,14 +655,13 @@ def main(args: Args) -> None:
             log_evaluation(global_step)
     progress.close()
     envs.close()
+    if rank > 0:
+        return
     log_evaluation(iteration * args.batch_size)
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    try:
+    with stare_utils.one_line_errors():
         main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -11,15 +11,16 @@ A pair exists for stage k only if both roll-outs finished stage k - 1; the winne
 The reference is the checkpoint itself, as cached fp32 log-probabilities. Equations, choices, what differs from GRAPE: docs/sta_tpo.md.
 Letters: R roll-outs, T steps, K stages, P pairs, S steps of all pairs in a batch, A action tokens, B chunk of steps, N envs, D hidden width.
 """
+import contextlib
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,7 @@ import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort:
 import imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -101,7 +103,7 @@ class Args:
     num_epochs: int = 1
     """passes over the pairs"""
     batch_size: int = 64
-    """pairs per optimiser step"""
+    """pairs per optimiser step, of each process"""
     chunk_size: int = 128
     """steps or frames per forward and backward pass: bounds the memory, changes no result"""
     gradient_checkpointing: bool = False
@@ -113,29 +115,35 @@ class Args:
     """episodes of the evaluation at the end; 0 leaves it out"""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the place and renames, so that no reader ever sees half a file."""
-    path.with_name(path.name + ".tmp").write_text(text)
-    path.with_name(path.name + ".tmp").replace(path)
+def join_processes(cuda: bool) -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device, of a data-parallel job that `torchrun` started or of this process alone. Rank 0 alone prints and writes."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = cuda and torch.cuda.is_available()
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))  # the others wait while rank 0 makes demonstrations or evaluates
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
+        if cuda:
+            torch.cuda.set_device(local)
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
-def make_folder(path: str | Path) -> Path:
-    """Makes the folder where there is none. Raises UserError where nothing can be written."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {folder}: permission denied")
-    return folder
+def sum_over_processes(tensors: list[torch.Tensor | None]) -> None:
+    """Sums tensors (None: a weight that has no gradient) over the processes of a data-parallel job, in place."""
+    for x in tensors if dist.is_initialized() else ():
+        if x is not None:
+            dist.all_reduce(x)
 
 
-def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
-    """The run folder and its TensorBoard writer. Raises UserError when the folder cannot be written or already holds a run."""
+def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
+    """The run folder and, of rank 0, its TensorBoard writer. Raises UserError when the folder already holds a run."""
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run's --output-dir")
-    output = make_folder(args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}")
+    name = [args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}"]
+    if rank > 0:
+        dist.broadcast_object_list(name)  # once rank 0 has made it
+        return Path(name[0]), None
+    output = Path(name[0])
+    output.mkdir(parents=True, exist_ok=True)
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
     if (output / "checkpoint" / "args.json").exists():
@@ -149,6 +157,8 @@ def open_run(args, script: str) -> tuple[Path, SummaryWriter]:
         wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(output)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
+    if dist.is_initialized():
+        dist.broadcast_object_list(name)
     return output, writer
 
 
@@ -159,7 +169,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     processor.save_pretrained(new)
-    write_text(new / "args.json", json.dumps(args, indent=1))
+    (new / "args.json").write_text(json.dumps(args, indent=1))
     for name, head in heads.items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
     torch.save(state, new / "training_state.pt")
@@ -172,7 +182,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
 
 def load_state(output: Path, script: str) -> dict | None:
     """The training state of output/checkpoint, None where there is none (every step seeds its own random numbers). UserError: another script's."""
-    if not (output / "checkpoint").exists() and (output / "checkpoint.old").exists():  # died between two renames
+    with contextlib.suppress(OSError):  # died between two renames
         (output / "checkpoint.old").rename(output / "checkpoint")
     if not (output / "checkpoint" / "training_state.pt").exists():
         return None
@@ -186,8 +196,7 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
     """The newest checkpoint of the first of `scripts` that has run on this env, else the one shipped with the repository."""
     root = Path(__file__).parent
     for script in scripts:
-        found = [folder for folder in Path("runs").glob(f"*__{script}__*/checkpoint") if env_id in folder.parent.name.split("__")[0].split(",")]
-        if found:
+        if found := [folder for folder in Path("runs").glob(f"*__{script}__*/checkpoint") if env_id in folder.parent.name.split("__")[0].split(",")]:
             return str(max(found, key=lambda folder: folder.stat().st_mtime))
     if (root / "checkpoints" / f"{env_id}__sft").is_dir():
         return str(root / "checkpoints" / f"{env_id}__sft")
@@ -197,39 +206,34 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
 def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
-    if not folder.is_dir():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote (nor does the hub, if reached, have it)")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote, or an OpenVLA (hub id, if in reach)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError):
-        raise UserError(f"{folder} is not a checkpoint: it has no readable config.json") from None
-    if model_type != "openvla":
-        raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-    try:
+        if model_type != "openvla":
+            raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
         model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
         return model, AutoProcessor.from_pretrained(folder), folder
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def load_separator(folder: Path, env_id: str, device: torch.device):
     """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
     to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none for this task."""
-    chain = [folder]
     try:
-        while not (chain[-1] / "separator.safetensors").exists():
-            before = Path(json.loads((chain[-1] / "args.json").read_text())["checkpoint"])
-            chain.append(before / "checkpoint" if (before / "checkpoint").is_dir() else before)
-            if chain[-1] in chain[:-1]:
-                raise KeyError("the chain of checkpoints is a circle")
-        if env_id not in json.loads((chain[-1] / "args.json").read_text())["env_id"].split(","):
+        for _ in range(9):  # policies before this one; no chain is longer
+            if not (folder / "separator.safetensors").exists():
+                before = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
+                folder = before / "checkpoint" if (before / "checkpoint").is_dir() else before
+        if env_id not in json.loads((folder / "args.json").read_text())["env_id"].split(","):
             raise KeyError(env_id)
-        weights = load_file(chain[-1] / "separator.safetensors", device=str(device))
+        weights = load_file(folder / "separator.safetensors", device=str(device))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        raise UserError(f"no learned separator of {env_id} behind {folder}: sft.py trains one on demonstrations that it makes itself") from None
+        raise UserError(f"no learned separator of {env_id} behind this policy: sft.py trains one on demonstrations that it makes itself") from None
     separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
     separator.load_state_dict(weights)
-    return chain[-1], separator
+    return folder, separator
 
 
 def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
@@ -250,8 +254,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
     Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
     """
-    config, mask = model.config, inputs["attention_mask"]
-    end, n = config.action_id_end, config.n_action_bins
+    end, n, mask = model.config.action_id_end, model.config.n_action_bins, inputs["attention_mask"]
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
     mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
@@ -282,9 +285,8 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
     out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
     logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
-    active = active.to(bins.device)
-    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active).sum(-1)
-    entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
+    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active.to(bins.device)).sum(-1)
+    entropy = (-(logp.exp() * logp).sum(-1) * active.to(bins.device)).sum(-1)
     assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action: anything else would broadcast"
     return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
 
@@ -335,36 +337,33 @@ def build_stage_pairs(
                     continue
                 candidates.append({"stage": k, "chosen": chosen, "rejected": rejected, "reason": reason,
                                    "cost_chosen": costs[chosen][k], "cost_rejected": costs[rejected][k]})  # fmt: skip
-            # completions first; then the widest gaps in cost
-            candidates.sort(key=lambda pair: (pair["reason"] != "completed", pair["cost_chosen"] - pair["cost_rejected"]))
+            candidates.sort(key=lambda pair: (pair["reason"] != "completed", pair["cost_chosen"] - pair["cost_rejected"]))  # then the widest gaps
             pairs += candidates[:max_pairs_per_stage]
     return pairs
 
 
-def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats: dict, args: Args) -> list[Path]:
+def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats: dict, args: Args, rank: int, world: int) -> list[Path]:
     """Samples `rollouts_per_state` episodes from each initial state and writes each as an .npz of its own, so that a stopped run goes on
-    where it was. Envs take the next episode as soon as they are free. Returns the files."""
+    where it was. Envs take the next episode as soon as they are free, processes every world-th one. Returns the files of all."""
     states = np.random.default_rng(args.seed).choice(TRAIN_SEEDS, args.num_initial_states, replace=False)
     folder.mkdir(exist_ok=True)
     jobs = [(int(s), r) for s in states for r in range(args.rollouts_per_state)]
     files = [folder / f"{s}_{r}.npz" for s, r in jobs]
-    todo = [job for job, file in zip(jobs, files, strict=True) if not file.exists()]
+    mine = list(zip(jobs, files, strict=True))[rank::world]
+    todo = [job for job, file in mine if not file.exists()]
     if not todo:
         return files
-    torch.manual_seed(args.seed * 1_000_003 + len(jobs) - len(todo))  # a stopped collection does not sample what it has sampled before
-    progress = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="roll-outs", unit="episode", disable=None)
-    device, N = next(model.parameters()).device, min(args.num_envs, len(todo))
-    threads = torch.get_num_threads()
+    torch.manual_seed((args.seed * 1_000_003 + len(mine) - len(todo)) * world + rank)  # a stopped collection does not sample again what it has sampled
+    progress = tqdm(total=len(mine), initial=len(mine) - len(todo), desc="roll-outs", unit="episode", disable=rank > 0 or None)
+    device, N, threads = next(model.parameters()).device, min(args.num_envs, len(todo)), torch.get_num_threads()
     torch.set_num_threads(1)  # the env processes are the parallelism
-    # CPU physics: GPU simulation seeds a batch as a whole and cannot repeat one initial state
-    envs = make_envs(args.env_id, N, 0, image_size=processor.image_size)
+    envs = make_envs(args.env_id, N, 0, image_size=processor.image_size)  # CPU physics: GPU simulation cannot repeat one initial state
     lengths, K = torch.tensor([stage.length for stage in envs.task.stage_table]), envs.num_stages
-    queue = iter(todo)
+    queue, episodes = iter(todo), [[] for _ in range(N)]
     current = [next(queue) for _ in range(N)]
     obs, info = envs.reset(seed=[s for s, _ in current])
     ahead = [next(queue, None) for _ in range(N)]  # what each env plays after its present episode
     envs.set_next_seeds([job[0] if job else 0 for job in ahead])
-    episodes = [[] for _ in range(N)]
     while any(current):
         inputs = processor(obs["rgb"], [envs.task.instruction] * N, obs["proprio"], stats.get("proprio"), device)
         bins, _, _ = sample_action(model, inputs, active)
@@ -393,12 +392,8 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
 
 def read_rollouts(files: list[Path]) -> list[dict]:
     """Roll-outs as dicts of tensors."""
-    rollouts = []
-    for file in files:
-        with np.load(file) as data:
-            rollout = {name: torch.from_numpy(data[name]) for name in ("rgb", "proprio", "bins", "stage", "distance")}
-            rollouts.append({**rollout, "init_seed": int(data["init_seed"]), "success": bool(data["success"])})
-    return rollouts
+    rollouts = [{name: torch.from_numpy(values) for name, values in np.load(file).items()} for file in files]
+    return [{**rollout, "init_seed": int(rollout["init_seed"]), "success": bool(rollout["success"])} for rollout in rollouts]
 
 
 def segment_rows(rollout: dict, stage: int, num_stages: int, stage_aware: bool) -> torch.Tensor:
@@ -407,25 +402,26 @@ def segment_rows(rollout: dict, stage: int, num_stages: int, stage_aware: bool) 
     return (segment == stage).nonzero()[:, 0]
 
 
-def export_pairs(folder: Path, pairs: list[dict], rollouts: list[dict], names: list[str], task, args: Args) -> None:
+def export_pairs(folder: Path, pairs: list[dict], rollouts: list[dict], names: list[str], task, args: Args, output: Path) -> None:
     """Writes a clip per pair, its two segments and the frame after each side by side in random order, and pairs.jsonl: a line per pair with `clip`,
     `stage`, `stage_name`, `instruction`, `left` and `right` (roll-outs), `left_steps`, `right_steps` [first, last] and `preferred` null."""
-    lines, rng = [], random.Random(args.seed)
+    lines, rng = [], np.random.default_rng(args.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     for p, pair in enumerate(tqdm(pairs, desc="clips", unit="pair", disable=None)):
         name = task.stages[pair["stage"]] if args.stage_aware else "trajectory"
         films, row = [], {"clip": f"pair_{p:04d}.mp4", "stage": pair["stage"], "stage_name": name, "instruction": task.instruction}
-        for side, i in zip(("left", "right"), rng.sample([pair["chosen"], pair["rejected"]], 2), strict=True):
+        for side, i in zip(("left", "right"), rng.permutation([pair["chosen"], pair["rejected"]]), strict=True):
             rows = segment_rows(rollouts[i], pair["stage"], len(task.stages), args.stage_aware)
             row |= {side: names[i], f"{side}_steps": [int(rows[0]), int(rows[-1])]}
             frames = rollouts[i]["rgb"][rows[0] : rows[-1] + 2].numpy()  # the frame after shows the event
             films.append(np.repeat(np.repeat(frames, 3, 1), 3, 2))  # (T, 3 H, 3 W, 3)
-        gap = np.full((films[0].shape[1], 12, 3), 255, np.uint8)
-        with imageio.get_writer(folder / row["clip"], fps=10, macro_block_size=None) as writer:
-            for t in range(max(map(len, films))):
-                left, right = (film[min(t, len(film) - 1)] for film in films)
-                writer.append_data(np.concatenate([left, gap, right], 1))
+        left, right = (np.pad(film, ((0, max(map(len, films)) - len(film)), *[(0, 0)] * 3), "edge") for film in films)  # the shorter one stands still
+        imageio.mimwrite(folder / row["clip"], np.concatenate([left, np.full_like(left[:, :, :12], 255), right], 2), fps=10, macro_block_size=None)
         lines.append(json.dumps({**row, "preferred": None}))
-    write_text(folder / "pairs.jsonl", "\n".join(lines) + "\n")
+    (folder / "pairs.tmp").write_text("\n".join(lines) + "\n")
+    (folder / "pairs.tmp").rename(folder / "pairs.jsonl")
+    print(f"wrote {len(pairs)} clips. Fill in {folder}/pairs.jsonl, then give this command again with --output-dir {output} --resume "
+          f"--preferences {folder}/pairs.jsonl in place of --export-pairs")  # fmt: skip
 
 
 def read_preferences(path: Path, rollouts: list[dict], names: list[str], num_stages: int, stage_aware: bool) -> list[dict]:
@@ -456,8 +452,8 @@ def read_preferences(path: Path, rollouts: list[dict], names: list[str], num_sta
 
 def tpo_symptoms(chosen_shift: float, margin: float) -> list[str]:
     """Lines that name what is wrong. chosen_shift: nats by which the winners' actions have become more likely than under the reference."""
-    wrong = chosen_shift < -1 and margin > 0
-    return ["logps/chosen falls while the margin grows: both sides are pushed down, the rejected one more; lower --learning-rate or raise --beta"] * wrong
+    line = "logps/chosen falls while the margin grows: both sides are pushed down, the rejected one more; lower --learning-rate or raise --beta"
+    return [line] * (chosen_shift < -1 and margin > 0)
 
 
 def print_pairs(pairs: list[dict], rollouts: list[dict], stages: tuple[str, ...]) -> None:
@@ -484,9 +480,9 @@ def main(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {value}, not {getattr(args, name)}")
     if args.preferences and (args.export_pairs or not Path(args.preferences).is_file()):
         raise UserError(f"cannot read {args.preferences}: --preferences takes the pairs.jsonl of an earlier --export-pairs")
-    if args.export_pairs and any(make_folder(args.export_pairs).iterdir()):
+    if args.export_pairs and Path(args.export_pairs).is_dir() and any(Path(args.export_pairs).iterdir()):
         raise UserError(f"{args.export_pairs} is not empty: choose another --export-pairs")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    rank, world, device = join_processes(args.cuda)
     given, record, resume = args.vla or args.checkpoint, Path(args.output_dir) / "source.txt", args.resume and args.output_dir
     recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir), "sta_tpo") if resume else None
     if recorded and given and Path(recorded).resolve() != load_policy(given, device)[2].resolve():
@@ -501,8 +497,10 @@ def main(args: Args) -> None:
     active = ~vla.constant_dims(stats["action"])
     set_seed(args.seed)
     stare_utils.check_world(args.env_id)
-    output, writer = open_run(args, "sta_tpo")
-    write_text(output / "source.txt", str(source))
+    output, writer = open_run(args, "sta_tpo", rank)
+    if rank == 0:
+        (output / "source.tmp").write_text(str(source))
+        (output / "source.tmp").replace(output / "source.txt")
 
     def policy_inputs(obs: dict, steps: torch.Tensor) -> dict:
         """The model's inputs at these steps (B,) of observations."""
@@ -510,7 +508,8 @@ def main(args: Args) -> None:
 
     # Roll-outs of the reference policy, and pairs
     time_rollout = time.time()
-    files = collect_rollouts(output / "rollouts", model, processor, active, stats, args)
+    files = collect_rollouts(output / "rollouts", model, processor, active, stats, args, rank, world)
+    sum_over_processes([torch.zeros(1, device=device)])  # until the last process has written its roll-outs
     rollouts, names, time_rollout = read_rollouts(files), [file.stem for file in files], time.time() - time_rollout
     env_steps = sum(len(rollout["stage"]) for rollout in rollouts)
     stages, K = task.stages if args.stage_aware else ("trajectory",), len(task.stages)
@@ -526,22 +525,19 @@ def main(args: Args) -> None:
         pairs = build_stage_pairs(rollouts, K, args.cost_margin, args.max_pairs_per_stage, args.stage_aware, args.cost_sum)
     if not pairs:
         raise UserError("no pair: all roll-outs ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a better policy")
-    digest = zlib.crc32(json.dumps([pairs, args.batch_size]).encode())
+    digest = zlib.crc32(json.dumps([pairs, world * args.batch_size]).encode())
     if state and state["pairs"] != digest:
         raise UserError(f"{output} was trained on other pairs or batches: remove {output / 'checkpoint'} to train anew, or choose another --output-dir")
     print_pairs(pairs, rollouts, stages)
     if args.export_pairs:
-        export_pairs(Path(args.export_pairs), pairs, rollouts, names, task, args)
-        print(f"wrote {len(pairs)} clips. Fill in {args.export_pairs}/pairs.jsonl, then give this command again with --output-dir {output} --resume "
-              f"--preferences {args.export_pairs}/pairs.jsonl in place of --export-pairs")  # fmt: skip
-        return writer.close()
+        return export_pairs(Path(args.export_pairs), pairs, rollouts, names, task, args, output) if rank == 0 else None
     # What the roll-outs say about each stage, logged once: share that completed it, mean steps, mean cost of those that entered it
     for k, name in enumerate(task.stages):
         rows = [segment_rows(rollout, k, K, True) for rollout in rollouts]
         completed = [rollout["success"] or segment_stages(rollout["stage"], K).max() > k for rollout in rollouts]
         costs = [float(rollout["distance"][r].mean()) for rollout, r in zip(rollouts, rows, strict=True) if len(r)]
         for key, values in {"reached": completed, "steps": [len(r) for r in rows], "cost": costs}.items():
-            if values:
+            if values and rank == 0:
                 writer.add_scalar(f"stage/{k}_{name}_{key}", np.mean(values), 0)
     # Steps of the pairs in one flat list; `where[rollout, stage]` are the places of a segment's steps in it
     where, flat, used = {}, {name: [] for name in ("rgb", "proprio", "bins")}, 0
@@ -556,35 +552,44 @@ def main(args: Args) -> None:
     def logprobs(steps: torch.Tensor) -> torch.Tensor:
         """Log-probability (B,) fp32 of the actions taken at these steps (B,)."""
         return action_logprob(model, policy_inputs(flat, steps), flat["bins"][steps].to(device), active)[0]
-    with torch.no_grad():  # the reference is the policy before its first step
-        ref_logprobs = torch.cat([logprobs(steps).cpu() for steps in tqdm(torch.arange(used).split(args.chunk_size), desc="reference", disable=None)])
+
+    @torch.no_grad()
+    def shared_logprobs(steps: torch.Tensor, desc: str = "") -> torch.Tensor:
+        """The same without a graph, (S,) on the CPU: each process computes its share of the steps (S,)."""
+        out, chunks = torch.zeros(len(steps), device=device), steps[rank::world].split(args.chunk_size)
+        out[rank::world] = torch.cat([logprobs(chunk) for chunk in tqdm(chunks, desc=desc, disable=not desc or rank > 0 or None)])
+        sum_over_processes([out])
+        return out.cpu()
+
+    ref_logprobs = shared_logprobs(torch.arange(used), "reference")  # the policy before its first step
     if state and not args.lora_rank:
         model, processor, _ = load_policy(str(output), device)
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
     model.train(args.gradient_checkpointing)
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    updates_per_epoch = math.ceil(len(pairs) / args.batch_size)
+    batch_size = world * args.batch_size  # of all processes
+    updates_per_epoch = math.ceil(len(pairs) / batch_size)
     step, warned = 0, set()
     if state:
         optimizer.load_state_dict(state["optimizer"])
         model.load_state_dict(state["adapter"], strict=False)
         step, start = state["step"], start - state["wall_s"]
 
-    progress = tqdm(total=args.num_epochs * updates_per_epoch, initial=step, desc="sta_tpo", unit="update", disable=None)
+    progress = tqdm(total=args.num_epochs * updates_per_epoch, initial=step, desc="sta_tpo", unit="update", disable=rank > 0 or None)
     while step < args.num_epochs * updates_per_epoch:
         time_update = time.time()
         epoch, batch = divmod(step, updates_per_epoch)
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
-        mb_pairs = [pairs[p] for p in order[batch * args.batch_size : (batch + 1) * args.batch_size].tolist()]
+        mb_pairs = [pairs[p] for p in order[batch * batch_size : (batch + 1) * batch_size].tolist()]
         segments = [where[pair[side], pair["stage"]] for side in ("chosen", "rejected") for pair in mb_pairs]  # 2P, chosen first
         mb_steps, place = torch.cat(segments).unique(return_inverse=True)  # a step that many pairs share is computed once
+        mb_steps = torch.cat([mb_steps, mb_steps[:1].expand(-len(mb_steps) % world)])  # as many for each process; these weigh nothing
         owner = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor([len(s) for s in segments]))
         lengths = torch.bincount(owner).double()
         share = 1 / lengths[owner] if args.tpo_reduction == "mean" else torch.ones(len(owner), dtype=torch.double)  # d q / d log pi(a_t|s_t)
 
         # Pass 1, no graph: q of every segment and the loss's derivative by it
-        with torch.no_grad():
-            new_logprobs = torch.cat([logprobs(steps).cpu() for steps in mb_steps.split(args.chunk_size)])
+        new_logprobs = shared_logprobs(mb_steps)
         logratio = (new_logprobs - ref_logprobs[mb_steps]).double()  # (S,)
         q = torch.zeros(len(segments), dtype=torch.double).index_add(0, owner, share * logratio[place]).requires_grad_()  # (2P,)
         cost_chosen, cost_rejected = (torch.tensor([pair[f"cost_{side}"] for pair in mb_pairs]).double() for side in ("chosen", "rejected"))
@@ -594,8 +599,9 @@ def main(args: Args) -> None:
         # changed since pass 1 (no dropout, no optimiser step); a step's weight sums over all pairs that share it
         weight = torch.zeros(len(mb_steps), dtype=torch.double).index_add(0, place, share * q.grad[owner]).float().to(device)
         optimizer.zero_grad()
-        for steps, w in zip(mb_steps.split(args.chunk_size), weight.split(args.chunk_size), strict=True):
+        for steps, w in zip(mb_steps[rank::world].split(args.chunk_size), weight[rank::world].split(args.chunk_size), strict=True):
             (w * logprobs(steps)).sum().backward()
+        sum_over_processes([p.grad for p in params])
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         optimizer.step()
         step += 1
@@ -610,38 +616,34 @@ def main(args: Args) -> None:
             "charts/SPS": len(mb_steps) / (time.time() - time_update), "time/rollout": time_rollout, "time/update": time.time() - time_update,
             "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
         }  # fmt: skip
-        for k, name in enumerate(stages):
-            mine = torch.tensor([pair["stage"] == k for pair in mb_pairs])
-            if mine.any():
-                scalars[f"stage/{k}_{name}_margin"] = margins[mine].mean().item()
-        for key, value in scalars.items():
+        of_stage = [torch.tensor([pair["stage"] == k for pair in mb_pairs]) for k in range(len(stages))]
+        scalars |= {f"stage/{k}_{name}_margin": margins[of_stage[k]].mean().item() for k, name in enumerate(stages) if of_stage[k].any()}
+        for key, value in scalars.items() if rank == 0 else ():
             writer.add_scalar(key, value, step)
         for line in set(tpo_symptoms(shift[: len(mb_pairs)].mean().item(), margins.mean().item())) - warned:
             print(f"warning: {line}")
             warned.add(line)
         progress.update()
-        if step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch:
-            wall, method = time.time() - start, "STA-TPO" if args.stage_aware else "TPO"
-            info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": env_steps, "wall_s": round(wall, 1)}
+        if rank == 0 and (step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch):
             adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
-            state = {"script": "sta_tpo", "optimizer": optimizer.state_dict(), "adapter": adapter, "step": step, "pairs": digest, "wall_s": wall}
+            state = {"script": "sta_tpo", "optimizer": optimizer.state_dict(), "adapter": adapter, "step": step, "pairs": digest,
+                     "wall_s": time.time() - start}  # fmt: skip
+            info = {**asdict(args), "checkpoint": str(source), "method": "STA-TPO" if args.stage_aware else "TPO", "env_steps": env_steps,
+                    "wall_s": round(state["wall_s"], 1)}  # fmt: skip
             save_checkpoint(output, model, processor, info, state)
             print(f"update {step}: loss {scalars['losses/tpo_loss']:.4f} margin {scalars['rewards/margins']:+.3f} accuracy {scalars['rewards/accuracies']:.2f}")
     progress.close()
+    if rank > 0:
+        return
     if args.num_eval_episodes:
-        begin = time.time()
         result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs)
-        scalars = {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
-        for key, value in {**scalars, "time/eval": time.time() - begin}.items():
-            writer.add_scalar(key, value, step)
+        for key in (key for key, value in result.items() if isinstance(value, float)):
+            writer.add_scalar(f"eval/{key}", result[key], step)
         print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    try:
+    with stare_utils.one_line_errors():
         main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

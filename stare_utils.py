@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,11 +42,32 @@ TRAIN_SEEDS = EVAL_SEED = 2**30  # episodes of training draw their seeds below t
 CONTROL_STEP = 0.05  # s per env step of the Panda's tasks (20 Hz control)
 IMAGE_SIZE = 128  # pixels: side of the observation, unless an env is asked for another
 OOD_SHIFT, OOD_CAMERA = 0.05, 0.05  # m: how far `--ood position` and `--ood camera` move things
+STOCK_SHADERS = sapien.render.set_camera_shader_dir  # what ManiSkill calls for each camera
 TRAIN_JITTER = 0.02  # m: how far from SimplerEnv's grid, which evaluation plays, training puts objects along x and y
 
 
 class UserError(Exception):
     """A mistake that a user can make. Scripts print its one line and exit with code 2."""
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Ends a script in one line that says what to do, and exit code 2, where the user or the machine is at fault and not the code."""
+    try:
+        yield
+    except (UserError, OSError, RuntimeError) as error:
+        line = next(iter(str(error).splitlines()), "")
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in line:
+            line = "out of memory: lower --chunk-size (and --num-envs, --batch-size), or add --gradient-checkpointing, or --lora-rank 32"
+        elif "invalid device ordinal" in line:
+            line = f"more processes than GPUs on this node: give torchrun --nproc-per-node {torch.cuda.device_count()}"
+        elif torch.distributed.is_initialized() and ("gloo" in line or isinstance(error, torch.distributed.DistError)):
+            line = "another process of this job died, its own lines say why: give the command again, with --resume and the job's --output-dir"
+        elif isinstance(error, OSError) and (error.filename or error.errno == 28):
+            line = f"cannot use {error.filename or 'the disk'}: {error.strerror}"
+        elif not isinstance(error, UserError):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
 
 # ------------------------------------------------------------ Tasks ------------------------------------------------------------
 @dataclass(frozen=True)
@@ -183,9 +205,6 @@ def place_on(transport_length: float, place_length: float, clearance: float, nea
               lambda s: torch.where(s["grasped"][:, None], carry(s, clearance), s["tool"]), release),
     )  # fmt: skip
 
-def observe_pick_cube(env) -> State:
-    return observe_arm(env, PANDA, env.cube.pose, env.goal_site.pose.p, env.agent.is_grasping(env.cube), 0.04, torch.pi / 2)
-
 def observe_stack_cube(env) -> State:
     goal = env.cubeB.pose.p + torch.tensor([0, 0, 0.04], device=env.device)
     s = observe_arm(env, PANDA, env.cubeA.pose, goal, env.agent.is_grasping(env.cubeA), 0.04, torch.pi / 2)
@@ -263,7 +282,8 @@ TASKS: dict[str, Task] = {
             *pick(0.17, 0.08),
             Stage("transport", lifted, lambda s: s["to_goal"], 0.17, straight, gripper(-1.0)),
             Stage("place", lambda s: s["grasped"] & (s["to_goal"] < 0.04), lambda s: s["to_goal"] + CONTROL_STEP * s["speed"], 0.05, straight, gripper(-1.0)),
-        ), observe_pick_cube, 50, NEAR_VIEWS, movable=lambda env: [env.cube, env.goal_site]),
+        ), lambda env: observe_arm(env, PANDA, env.cube.pose, env.goal_site.pose.p, env.agent.is_grasping(env.cube), 0.04, torch.pi / 2), 50, NEAR_VIEWS,
+        movable=lambda env: [env.cube, env.goal_site]),
     "StackCube-v1": Task(
         "stack the red cube on the green cube", ("put the red block on top of the green block", "place the red cube onto the green one", "pile red on green"),
         (*pick(0.2, 0.08), *place_on(0.17, 0.04, 0.03, 0.03)),
@@ -379,12 +399,13 @@ def shape_rewards(rewards: Tensor, potentials: Tensor, next_potentials: Tensor, 
 
 
 # ------------------------------------------------------------ Environments ------------------------------------------------------------
-def light_panda() -> Path:
-    """Folder of Panda URDFs whose visual meshes have 5 % of the triangles (134,924 -> 6,725), made once in the user's cache. A software
-    renderer spends three quarters of a frame on them. Collision meshes are untouched: the physics is the same."""
+def light_assets() -> Path:
+    """Folder, made once in the user's cache, that spares a software renderer what nobody sees. Panda URDFs whose visual meshes have 5 % of the triangles
+    (134,924 -> 6,725): three quarters of a frame; the physics is the same, collision meshes are untouched. shaders/: SAPIEN's, without the table for
+    reflections of an environment map, which no scene here has and every process would compute for some ten seconds; the pixels are the same."""
     import trimesh
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stare-vla" / f"panda-{mani_skill.__version__}-2"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stare-vla" / f"light-{mani_skill.__version__}-{sapien.__version__}"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=cache.parent)) / "panda"
@@ -399,6 +420,10 @@ def light_panda() -> Path:
             scene.export(file)
         wrist = folder / "panda_v3.urdf"  # the camera on its wrist has more triangles than all the rest
         wrist.write_text(re.sub(r"<visual>(?:(?!</visual>).)*realsense2.*?</visual>", "", wrist.read_text(), flags=re.S))
+        shutil.copytree(Path(sapien.__file__).parent / "vulkan_shader", folder / "shaders")
+        for shader in (folder / "shaders/minimal").glob("*.frag"):
+            text = re.sub(r"layout.*samplerBRDFLUT;\n", "", shader.read_text())
+            shader.write_text(re.sub(r"texture\(samplerBRDFLUT.*\.xy", "vec2(0)", text))
         with contextlib.suppress(OSError):  # another process was faster
             folder.rename(cache)
         shutil.rmtree(folder.parent)
@@ -474,13 +499,16 @@ class StageEnv:
         self.terminate_on_success = terminate_on_success and not (self.task.grid and num_envs > 1)
         mani_skill.logger.setLevel(logging.ERROR)  # it warns of ManiSkill's own assets
         if backend == "cpu" and not full_meshes:
-            Panda.urdf_path, PandaWristCam.urdf_path = (str(light_panda() / name) for name in ("panda_v2.urdf", "panda_v3.urdf"))
+            light = light_assets()
+            Panda.urdf_path, PandaWristCam.urdf_path = (str(light / name) for name in ("panda_v2.urdf", "panda_v3.urdf"))
+            sapien.render.set_camera_shader_dir = lambda name: STOCK_SHADERS(str(light / "shaders" / name))
         PandaWristCam._sensor_configs = []  # no policy here sees through it
         WidowX250S.disable_self_collisions = True  # ManiSkill's asset has an .srdf for that; in SimplerEnv's own the fingers jam
+        gpu = f":{torch.cuda.current_device()}" if backend == "cuda" and torch.distributed.is_initialized() else ""
         env = scene_class(env_id, stock_camera, ood, render, image_size)(
             num_envs=num_envs, obs_mode="none" if not render else "rgb+segmentation" if self.task.grid else "rgb",
             control_mode=control_mode or self.task.arm.control_mode, reward_mode="normalized_dense" if self.dense else "none",
-            sim_backend=f"physx_{backend}", render_backend="none" if not render else "gpu" if torch.cuda.is_available() else "cpu",
+            sim_backend=f"physx_{backend}{gpu}", render_backend="none" if not render else "gpu" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
         self.env = TimeLimitWrapper(env, max_episode_steps or self.task.max_episode_steps)
         self.base, self.next_seed = self.env.unwrapped, [seed + i for i in range(num_envs)]
@@ -658,7 +686,7 @@ def check_world(env_id: str, full_meshes: bool = False) -> None:
         raise UserError(f"no Vulkan renderer ({str(error).strip().splitlines()[-1]}). Run ./setup.sh, or: apt-get install mesa-vulkan-drivers"
                         " libvulkan1 (Debian 12: from bookworm-backports)") from None  # fmt: skip
     if not full_meshes:
-        light_panda()  # once here, not once in every process
+        light_assets()  # once here, not once in every process
 
 def make_envs(
     env_id: str, num_envs: int, seed: int, terminate_on_success: bool = True, *, backend: str = "cpu", full_meshes: bool = False, **kwargs

@@ -5,8 +5,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import sapien
 import torch
-from conftest import STATS, TASK, tiny_model
+from conftest import STATS, TASK, needs_assets, tiny_model
 
 import eval as evaluation
 import sft
@@ -119,7 +120,7 @@ def test_expert_slips_only_where_told(envs):
 def test_light_meshes_leave_joints_and_collisions_alone():
     import mani_skill
 
-    full, light = Path(mani_skill.PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf", stare_utils.light_panda() / "panda_v2.urdf"
+    full, light = Path(mani_skill.PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf", stare_utils.light_assets() / "panda_v2.urdf"
 
     def parts(urdf):
         root = ElementTree.parse(urdf).getroot()
@@ -131,6 +132,20 @@ def test_light_meshes_leave_joints_and_collisions_alone():
     visual = "franka_description/meshes/visual"
     size = {urdf: sum(file.stat().st_size for file in (urdf.parent / visual).iterdir()) for urdf in (full, light)}
     assert size[light] < 0.5 * size[full]
+
+
+@pytest.mark.parametrize("env_id", ["PickCube-v1", needs_assets("PutEggplantInBasketScene-v1")])
+def test_light_shaders_draw_the_same_pixels(env_id, monkeypatch):
+    assert "samplerBRDFLUT" not in (stare_utils.light_assets() / "shaders/minimal/gbuffer.frag").read_text()
+    frames = []
+    for light in (True, False):
+        env = stare_utils.StageEnv(env_id, 1, "cpu", 0)
+        if not light:  # the camera was made with our shaders: again with SAPIEN's
+            monkeypatch.setattr(sapien.render, "set_camera_shader_dir", stare_utils.STOCK_SHADERS)
+        env.reset([5])
+        frames.append(torch.cat([env.step(torch.full((1, 7), 0.02 * i))[0]["rgb"] for i in range(4)]))
+        env.close()
+    assert torch.equal(*frames) and frames[0].float().std() > 10
 
 
 def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
@@ -150,7 +165,7 @@ def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
             for name in bodies:
                 file[f"traj_0/env_states/{kind}/{name}"] = np.concatenate([state[kind][name].numpy() for state in states])
     (tmp_path / "demos.json").write_text('{"env_info": {"env_id": "PickCube-v1"}, "episodes": [{"episode_id": 0, "control_mode": "pd_ee_delta_pose"}]}')
-    monkeypatch.setattr(stare_utils, "StageEnv", lambda *args: env)
+    monkeypatch.setattr(stare_utils, "StageEnv", lambda *args, **kwargs: env)
     rgb, proprio, labels, *_ = sft.read_demos(tmp_path / "demos.h5", "PickCube-v1", 9)
     assert torch.equal(labels, torch.cat(actions)) and rgb.dtype == torch.uint8
     assert torch.allclose(proprio, torch.cat([obs["proprio"] for obs in seen[:-1]]), atol=1e-5)

@@ -36,7 +36,7 @@ def check_resume(script, monkeypatch, tmp_path, *args):
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_sft_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
     demos, vla = write_demos(tmp_path / "demos.h5"), checkpoint if lora_rank else "tiny"
-    check_resume(sft, monkeypatch, tmp_path, "--demo-path", demos, "--num-updates", 5, "--save-freq", 2, "--warmup-updates", 2, "--batch-size", 4,
+    check_resume(sft, monkeypatch, tmp_path, "--demo-path", demos, "--num-updates", 5, "--save-freq", 2, "--batch-size", 4,
                  "--lora-rank", lora_rank, "--vla", vla, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
     with pytest.raises(UserError, match=f"begun with --lora-rank = {lora_rank}, not 3"):
         call(sft, "--demo-path", demos, "--lora-rank", 3, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
@@ -45,7 +45,7 @@ def test_sft_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
 def test_sft_s_chunks_and_gradient_checkpointing_change_no_gradient(tmp_path):
     demos = write_demos(tmp_path / "demos.h5")
     for name, flags in (("whole", ()), ("parts", ("--chunk-size", 3, "--gradient-checkpointing"))):
-        call(sft, "--demo-path", demos, "--num-updates", 2, "--warmup-updates", 1, "--batch-size", 8, "--num-eval-episodes", 0, "--no-cuda", *flags,
+        call(sft, "--demo-path", demos, "--num-updates", 2, "--batch-size", 8, "--num-eval-episodes", 0, "--no-cuda", *flags,
              "--output-dir", tmp_path / name)  # fmt: skip
     whole, parts = (scalars(tmp_path / name) for name in ("whole", "parts"))
     for key in ("losses/grad_norm", "losses/ce", "losses/aux", "losses/stage_accuracy"):

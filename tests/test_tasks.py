@@ -194,7 +194,7 @@ def test_demonstrations_made_by_maniskills_own_tools_train_a_policy(obs_mode, tm
     assert len(rgb) == len(actions) == len(stage) > 40 and (stage == -1).all()  # nobody recorded the contact forces
     assert rgb.float().std() > 10 and actions.abs().max() <= 1 + 1e-6
     assert where[:, :3].norm(dim=-1).min() < 0.1  # the tool comes near the cube
-    call(sft, "--env-id", "PushCube-v1", "--demo-path", replayed, "--num-updates", 60, "--warmup-updates", 10, "--batch-size", 16, "--num-eval-episodes", 0,
+    call(sft, "--env-id", "PushCube-v1", "--demo-path", replayed, "--num-updates", 60, "--batch-size", 16, "--num-eval-episodes", 0,
          "--output-dir", tmp_path / "run", "--no-cuda")  # fmt: skip
     curve = scalars(tmp_path / "run")["losses/aux"]
     assert curve[-1] < curve[0]
@@ -237,7 +237,7 @@ def test_evaluation_gives_the_policy_the_words_it_is_told_in_turn(monkeypatch, e
     """Three words in two envs: episode i gets word i mod 3."""
     from conftest import tiny_model
 
-    model, processor = tiny_model()
+    model, _ = tiny_model()
     told = []
 
     class Stop(Exception):
@@ -247,6 +247,7 @@ def test_evaluation_gives_the_policy_the_words_it_is_told_in_turn(monkeypatch, e
         told.append(text)
         raise Stop
 
+    listen.image_size = 128
     monkeypatch.setattr(envs, "close", lambda: None)
     monkeypatch.setattr(evaluation, "make_envs", lambda *args, **kwargs: envs)
     with pytest.raises(Stop):

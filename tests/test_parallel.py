@@ -1,0 +1,126 @@
+"""Data parallel: two gloo processes that `torchrun` starts take the step that one process takes on the doubled batch; a process that dies ends the job."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, cli, invent_rollouts, write_demos
+
+import stare_utils
+
+
+def torchrun(script, *args, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *args]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=environ, capture_output=True, text=True)
+
+
+def gradients(run) -> torch.Tensor:
+    """All first moments of the optimiser: after one update a tenth of its gradients, clipped."""
+    state = torch.load(run / "checkpoint/training_state.pt", weights_only=False)["optimizer"]["state"]
+    return torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)])
+
+
+def check_one_step(script, one, two, tmp_path, *args):
+    """One process with the arguments `one`, then two of them with `two`: one update each."""
+    done = cli(script, *args, *one, "--output-dir", tmp_path / "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = torchrun(ROOT / script, *args, *two, "--output-dir", tmp_path / "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected, found = gradients(tmp_path / "one"), gradients(tmp_path / "two")
+    assert expected.norm() > 1e-3 and (found - expected).norm() < 1e-5 * expected.norm()
+    assert len(list((tmp_path / "two").glob("events.*"))) == 1, "one writer"
+    assert done.stdout.count("wrote ") == 1
+
+
+def test_sft_steps_like_one_process_with_the_doubled_batch(tmp_path):
+    demos = write_demos(tmp_path / "demos.h5")
+    check_one_step("sft.py", ["--batch-size", 10], ["--batch-size", 5], tmp_path, "--demo-path", demos, "--num-updates", 1, "--chunk-size", 2,
+                   "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sta_tpo_steps_like_one_process_with_the_doubled_batch(checkpoint, tmp_path):
+    init_seeds = np.random.default_rng(1).choice(stare_utils.TRAIN_SEEDS, 2, replace=False)
+    for run in ("one", "two"):
+        (tmp_path / run / "rollouts").mkdir(parents=True)
+        for i, rollout in enumerate(invent_rollouts(init_seeds)):
+            np.savez(tmp_path / run / f"rollouts/{init_seeds[i // 4]}_{i % 4}.npz", **{name: np.asarray(value) for name, value in rollout.items()})
+    check_one_step("sta_tpo.py", ["--batch-size", 64], ["--batch-size", 32], tmp_path, "--checkpoint", checkpoint, "--resume", "--num-initial-states", 2,
+                   "--rollouts-per-state", 4, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
+
+
+GREEDY = """
+import functools, sys, tyro
+sys.path.insert(0, {root!r})
+import sta_ppo, stare_utils
+sta_ppo.sample_action = functools.partial(sta_ppo.sample_action, greedy=True)
+if __name__ == "__main__":
+    with stare_utils.one_line_errors():
+        sta_ppo.main(tyro.cli(sta_ppo.Args))
+"""
+
+
+@pytest.mark.slow
+def test_sta_ppo_steps_like_one_process_with_the_doubled_envs(checkpoint, tmp_path):
+    """Greedy, because two processes draw other random numbers than one."""
+    (tmp_path / "greedy.py").write_text(GREEDY.format(root=str(ROOT)))
+    check_one_step(tmp_path / "greedy.py", ["--num-envs", 4, "--total-timesteps", 40], ["--num-envs", 2, "--total-timesteps", 40], tmp_path,
+                   "--checkpoint", checkpoint, "--num-steps", 10, "--num-minibatches", 1, "--update-epochs", 1, "--critic-warmup", 0,
+                   "--stage-advantage", "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
+
+
+DYING = """
+import os, sys, tyro
+sys.path.insert(0, {root!r})
+import sft, stare_utils
+calls, whole = [], sft.sum_over_processes
+def sum_and_die(tensors):
+    calls.append(1)
+    if len(calls) == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    whole(tensors)
+sft.sum_over_processes = sum_and_die
+with stare_utils.one_line_errors():
+    sft.main(tyro.cli(sft.Args))
+"""
+
+
+def test_a_dead_process_ends_the_job_in_a_line_and_leaves_a_checkpoint(tmp_path):
+    demos = write_demos(tmp_path / "demos.h5")
+    args = ("--demo-path", demos, "--num-updates", 5, "--save-freq", 1, "--batch-size", 4, "--num-eval-episodes", 0, "--no-cuda",
+            "--output-dir", tmp_path / "run")  # fmt: skip
+    (tmp_path / "dying.py").write_text(DYING.format(root=str(ROOT)))
+    died = torchrun(tmp_path / "dying.py", *args, cwd=tmp_path)
+    lines = [line for line in died.stderr.splitlines() if line.startswith("error: ")]
+    assert died.returncode != 0 and "sft.py\", line" not in died.stderr, "a traceback of ours beside torchrun's"
+    assert len(lines) == 1 and "another process of this job died" in lines[0] and "--resume" in lines[0], died.stderr
+    assert torch.load(tmp_path / "run/checkpoint/training_state.pt", weights_only=False)["step"] == 3
+    resumed = torchrun(ROOT / "sft.py", *args, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0 and "wrote " in resumed.stdout, resumed.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "--gradient-checkpointing"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "--chunk-size"),
+        (RuntimeError("CUDA error: invalid device ordinal"), "--nproc-per-node"),
+        (PermissionError(13, "Permission denied", "/root/x"), "cannot use /root/x: Permission denied"),
+        (OSError(28, "No space left on device"), "cannot use the disk: No space left on device"),
+        (stare_utils.UserError("this line"), "error: this line\n"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line_too(error, words, capsys):
+    with pytest.raises(SystemExit) as stopped, stare_utils.one_line_errors():
+        raise error
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and words in said
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), BrokenPipeError(32, "Broken pipe"), KeyError("x")])
+def test_what_is_the_code_s_fault_keeps_its_traceback(error):
+    with pytest.raises(type(error)), stare_utils.one_line_errors():
+        raise error
