@@ -4,11 +4,12 @@
     python benchmark/gpu_7b.py --size small --batch-sizes 2  # the same lines on a CPU, to see that they run
     python benchmark/gpu_7b.py --env-id PutCarrotOnPlateInScene-v1 --num-envs 16    # and what the env takes of a step
 
-Per batch size: milliseconds per sample of a roll-out step (`sample_action`), of a pass without gradient (`action_logprob`: the reference, TPO's first pass)
-and of a training pass (forward, backward, share of AdamW's step), peak memory of the two, model FLOPs utilisation, and the largest gap between the log-
-probabilities of roll-out and update. From these per script: sft trains once per frame; tpo rolls out, takes two passes without gradient and one with; ppo
-rolls out and trains `--update-epochs` times per env step. Utilisation counts 2 FLOPs per weight and token forward and as many backward (LoRA's weights take
-no more); what gradient checkpointing computes twice counts once."""
+Per batch size: milliseconds per sample of a roll-out step (`sample_action`), of a pass without gradient (`action_logprob`: the reference, TPO's first pass),
+of a training pass (forward, backward, share of AdamW's step) and of preparing images; peak memory; model FLOPs utilisation; the largest gap between the
+log-probabilities of roll-out and update. From these per script: sft trains once per frame; tpo rolls out, takes two passes without gradient and one with; ppo
+rolls out and trains `--update-epochs` times per env step. Shares are of ppo's env step, the env's only with --env-id; images are prepared for the roll-out
+and for each epoch. Utilisation counts 2 FLOPs per weight and token forward and as many backward (LoRA's weights take no more); what gradient checkpointing
+computes twice counts once."""
 import json
 import sys
 import time
@@ -93,7 +94,7 @@ def main(args: Args) -> None:
     model, active = build(args.size, device), torch.tensor([True] * 7)
     params, value_head = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing), ValueHead(TEXT[args.size]["hidden_size"]).to(device)
     optimizer = torch.optim.AdamW([*params, *value_head.parameters()], lr=1e-5, fused=True)
-    forward, env_ms, rows = flops(model, TOKENS + 6), 0.0, []
+    forward, env_ms, rows, prepare = flops(model, TOKENS + 6), 0.0, [], vla.PrismaticImageProcessor([[3, 224, 224]] * 2, [[0.5] * 3] * 2, [[0.5] * 3] * 2)
     if args.env_id:
         envs = stare_utils.make_envs(args.env_id, args.num_envs, 0, image_size=224)
         envs.reset(seed=0)
@@ -120,11 +121,15 @@ def main(args: Args) -> None:
         model.train(args.gradient_checkpointing)
         update_s, update_gb = measure(update, device, args.repeats)
         rollout, passed, trained = (1000 * s / n for s in (rollout_s, pass_s, update_s))
-        ppo = rollout + args.update_epochs * trained
+        images = torch.randint(256, (n, 224, 224, 3), dtype=torch.uint8)
+        rest = 1000 * measure(lambda: prepare(images.to(device)), device, args.repeats)[0] / n  # noqa: B023
+        rest_ms, model_ms = (1 + args.update_epochs) * rest, rollout + args.update_epochs * trained
+        ppo = env_ms + rest_ms + model_ms
         rows.append({
             "batch": n, "rollout_ms": rollout, "pass_ms": passed, "train_ms": trained, "rollout_gb": rollout_gb, "train_gb": update_gb, "logprob_gap": gap,
-            "mfu": 2 * forward / (trained / 1000) / (1e12 * args.peak_tflops), "env_ms": env_ms, "env_share_of_ppo": env_ms / (env_ms + ppo),
-            "sft_frames_per_s": 1000 / trained, "tpo_steps_per_s": 1000 / (env_ms + rollout + 2 * passed + trained), "ppo_steps_per_s": 1000 / (env_ms + ppo),
+            "mfu": 2 * forward / (trained / 1000) / (1e12 * args.peak_tflops), "env_ms": env_ms, "images_ms": rest,
+            "env_share": env_ms / ppo, "model_share": model_ms / ppo, "rest_share": rest_ms / ppo, "sft_frames_per_s": 1000 / (rest + trained),
+            "tpo_steps_per_s": 1000 / (env_ms + 4 * rest + rollout + 2 * passed + trained), "ppo_steps_per_s": 1000 / ppo,
         })  # fmt: skip
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, frames, write_demos
+from conftest import ROOT, call, frames, output_of, write_demos
 from safetensors.torch import load_file, save_file
 from test_policy import RAGGED, two_towers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -213,3 +213,13 @@ def test_logits_are_those_of_openvlas_published_code(tmp_path):
     found = {"last_position_action_logits": logits[:, -1, 31744:32000], "first_position_head": logits[:, 0, :16], "patch_position_head": logits[:, 200, :16]}
     for name, values in found.items():
         assert (values - torch.tensor(golden[name])).abs().max() < 1e-3, name
+
+
+@pytest.mark.slow
+def test_what_a_gpu_would_cost_is_measured_in_a_table_and_json(tmp_path):
+    printed = output_of("benchmark/gpu_7b.py", "--size", "small", "--batch-sizes", 2, 3, "--repeats", 1, cwd=tmp_path)
+    rows = json.loads((tmp_path / "gpu_7b.json").read_text())["rows"]
+    assert [row["batch"] for row in rows] == [2, 3] and printed.count("\n| ") == 2
+    for row in rows:
+        assert row["env_share"] + row["model_share"] + row["rest_share"] == pytest.approx(1) and row["ppo_steps_per_s"] > 0
+        assert row["logprob_gap"] < 0.3  # bfloat16 on a CPU
