@@ -77,7 +77,7 @@ def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
     if not (folder / "config.json").is_file():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote, or an OpenVLA (hub id, if in reach)")
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
         if model_type != "openvla":
@@ -218,11 +218,11 @@ def evaluate(
     """Greedy evaluation on full episodes (no termination, no partial reset). A task with a grid of initial configurations has no more episodes than that.
 
     Returns `success_once`, `success_at_end`, `return`, `episode_len`, `furthest_stage` (means), `stage_reach_rate` (K,) = share of episodes that
-    completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, `seconds`, and `episodes`: rows with seed,
+    completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows with seed,
     success_once, success_at_end, return, episode_len, furthest_stage, stage_steps, and what the task reports at success. instructions: words given
     to the policy, in turn; empty: the task's. video: where to write an mp4 of the first 16 episodes. separator: see compare_separator."""
     stats, device, was_training = task_stats(model, env_id), next(model.parameters()).device, model.training
-    task, active, start = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"]), time.time()
+    task, active = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"])
     num_episodes, texts = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,)
     envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes, ood=ood,
                      image_size=processor.image_size)  # fmt: skip
@@ -269,7 +269,7 @@ def evaluate(
         **{name: float(np.mean([row[name] for row in rows])) for name in ("success_once", "success_at_end", "return", "episode_len", "furthest_stage")},
         "stage_reach_rate": [float((furthest > k).mean()) for k in range(K)],
         "stage_steps": np.mean([row["stage_steps"][:K] for row in rows], 0).tolist(),
-        "seconds": time.time() - start, "episodes": rows,
+        "episodes": rows,
     } | ({"separator": compare_separator(read, K)} if read else {})  # fmt: skip
 
 
@@ -335,6 +335,7 @@ def main(args: Args) -> None:
     trained = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     for env_id in env_ids:
+        start = time.time()
         known = (folder / "separator.safetensors").exists() and env_id in trained.get("env_id", "").split(",")
         separator = load_separator(folder, env_id, device)[1] if known else None
         # each task, --ood and other words have files of their own
@@ -345,7 +346,7 @@ def main(args: Args) -> None:
         result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend,
                           full_meshes=args.full_meshes, ood=args.ood, instructions=texts[env_id], video=video, separator=separator)  # fmt: skip
         row = {"method": args.method or trained.get("method", ""), "env_id": env_id, "seed": trained.get("seed"), "num_episodes": len(result["episodes"]),
-               "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "ood": args.ood,
+               "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1), "ood": args.ood,
                "instructions": texts[env_id], "commit": commit, "command": " ".join(["python", *sys.argv])}  # fmt: skip
         write_text(output / f"{name}.json", json.dumps({**row, **result}))
         print_table([{**row, **result}])

@@ -181,7 +181,7 @@ def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
     if not (folder / "config.json").is_file():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote, or an OpenVLA (hub id, if in reach)")
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
         if model_type != "openvla":
@@ -332,12 +332,12 @@ def main(args: Args) -> None:
         raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")
     rank, world, device = join_processes(args.cuda)
     set_seed(args.seed)
-    # Everything that can be wrong with the input is found before the run folder is made
     for env_id in env_ids:
-        stare_utils.check_world(env_id)
+        stare_utils.check_world(env_id)  # everything that can be wrong with the input is found before the run folder is made
     state = load_state(Path(args.output_dir), "sft") if args.resume and args.output_dir else None
-    if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text()).get("lora_rank", 0)) != args.lora_rank:
-        raise UserError(f"{args.output_dir} was begun with --lora-rank = {begun}, not {args.lora_rank}: resume with the same")
+    begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())} if state else asdict(args)
+    if other := [name for name in ("lora_rank", "vla") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base
+        raise UserError(f"{args.output_dir} was begun with {other[0]} = {begun[other[0]]}, not {getattr(args, other[0])}: resume with the same")
     begin = args.output_dir if state and not args.lora_rank else args.vla  # LoRA goes on from the first policy and its adapter: a checkpoint is merged
     if begin != "tiny":
         model, processor, _ = load_policy(begin, device)
@@ -436,9 +436,10 @@ def main(args: Args) -> None:
     if rank > 0:
         return
     for env_id in env_ids if args.num_eval_episodes else []:
-        result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
-        for key in (key for key, value in result.items() if isinstance(value, float)):
-            writer.add_scalar(f"eval/{key}" + f"/{env_id}" * (len(env_ids) > 1), result[key], step)
+        begin, result = time.time(), evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
+        scalars = {"time/eval": time.time() - begin} | {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
+        for key, value in scalars.items():
+            writer.add_scalar(key + f"/{env_id}" * (len(env_ids) > 1), value, step)
         print(f"{env_id}: success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")

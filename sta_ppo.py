@@ -228,7 +228,7 @@ def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
     if not (folder / "config.json").is_file():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote, or an OpenVLA (hub id, if in reach)")
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
         if model_type != "openvla":
@@ -472,9 +472,10 @@ def main(args: Args) -> None:
 
     def log_evaluation(global_step: int) -> None:
         if args.num_eval_episodes and rank == 0:
-            result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
-            for key in (key for key, value in result.items() if isinstance(value, float)):
-                writer.add_scalar(f"eval/{key}", result[key], global_step)
+            begin, result = time.time(), evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
+            scalars = {"time/eval": time.time() - begin} | {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
+            for key, value in scalars.items():
+                writer.add_scalar(key, value, global_step)
             print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
 
     # ALGO LOGIC: storage, (T, N, ...)

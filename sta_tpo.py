@@ -207,7 +207,7 @@ def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
     if not (folder / "config.json").is_file():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote, or an OpenVLA (hub id, if in reach)")
+        raise UserError(f"no checkpoint at {checkpoint}: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
         if model_type != "openvla":
@@ -342,7 +342,7 @@ def build_stage_pairs(
     return pairs
 
 
-def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats: dict, args: Args, rank: int, world: int) -> list[Path]:
+def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats: dict, args: Args, rank: int = 0, world: int = 1) -> list[Path]:
     """Samples `rollouts_per_state` episodes from each initial state and writes each as an .npz of its own, so that a stopped run goes on
     where it was. Envs take the next episode as soon as they are free, processes every world-th one. Returns the files of all."""
     states = np.random.default_rng(args.seed).choice(TRAIN_SEEDS, args.num_initial_states, replace=False)
@@ -636,9 +636,10 @@ def main(args: Args) -> None:
     if rank > 0:
         return
     if args.num_eval_episodes:
-        result = evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs)
-        for key in (key for key, value in result.items() if isinstance(value, float)):
-            writer.add_scalar(f"eval/{key}", result[key], step)
+        begin, result = time.time(), evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs)
+        scalars = {"time/eval": time.time() - begin} | {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
+        for key, value in scalars.items():
+            writer.add_scalar(key, value, step)
         print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
     writer.close()
     print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")

@@ -38,8 +38,10 @@ def test_sft_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
     demos, vla = write_demos(tmp_path / "demos.h5"), checkpoint if lora_rank else "tiny"
     check_resume(sft, monkeypatch, tmp_path, "--demo-path", demos, "--num-updates", 5, "--save-freq", 2, "--batch-size", 4,
                  "--lora-rank", lora_rank, "--vla", vla, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
-    with pytest.raises(UserError, match=f"begun with --lora-rank = {lora_rank}, not 3"):
+    with pytest.raises(UserError, match=f"begun with lora_rank = {lora_rank}, not 3"):
         call(sft, "--demo-path", demos, "--lora-rank", 3, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
+    with pytest.raises(UserError, match="begun with vla = .*, not /another"):
+        call(sft, "--demo-path", demos, "--lora-rank", lora_rank, "--vla", "/another", "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
 
 
 def test_sft_s_chunks_and_gradient_checkpointing_change_no_gradient(tmp_path):

@@ -169,7 +169,7 @@ def test_ppo_resumes_from_a_checkpoint_between_fresh_starts(ppo, capsys):
     assert "other settings" not in capsys.readouterr().out
     assert any(not torch.equal(before[name], value) for name, value in tensors(ppo("run", 2, 20, "--resume") / "checkpoint").items())
     assert "--total-timesteps 40 -> 80" in capsys.readouterr().out
-    with pytest.raises(stare_utils.UserError, match="num_envs \\* num_steps = 40, not 20"):
+    with pytest.raises(stare_utils.UserError, match="num_steps \\* processes = 40, not 20"):
         ppo("run", 4, 10, "--resume")
 
 
