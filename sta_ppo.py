@@ -412,7 +412,10 @@ def main(args: Args) -> None:
     if weight * (K if args.potential_across_stages == "offset" else 1) > 1 and args.critic_warmup == 0:
         print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
     state = load_state(Path(args.output_dir), "sta_ppo") if args.resume and args.output_dir else None
-    source = state["source"] if state else args.vla or args.checkpoint or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
+    given = args.vla or args.checkpoint
+    source = state["source"] if state else given or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
+    if given and vla.model_folder(given).resolve() != vla.model_folder(source).resolve():
+        raise UserError(f"{args.output_dir} was begun from {source}, not from {given}: choose another --output-dir")
     if state:
         begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
         for name, flags in (("batch_size", "num_envs * num_steps * processes"), ("lora_rank", "--lora-rank")):

@@ -88,6 +88,7 @@ with stare_utils.one_line_errors():
 """
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_job_in_a_line_and_leaves_a_checkpoint(tmp_path):
     demos = write_demos(tmp_path / "demos.h5")
     args = ("--demo-path", demos, "--num-updates", 5, "--save-freq", 1, "--batch-size", 4, "--num-eval-episodes", 0, "--no-cuda",

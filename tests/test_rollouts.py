@@ -171,6 +171,8 @@ def test_ppo_resumes_from_a_checkpoint_between_fresh_starts(ppo, capsys):
     assert "--total-timesteps 40 -> 80" in capsys.readouterr().out
     with pytest.raises(stare_utils.UserError, match="num_steps \\* processes = 40, not 20"):
         ppo("run", 4, 10, "--resume")
+    with pytest.raises(stare_utils.UserError, match="was begun from .*, not from /another"):
+        ppo("run", 4, 20, "--resume", "--checkpoint", "/another")
 
 
 def test_rollouts_begin_in_the_state_they_are_named_after_and_a_stopped_collection_goes_on(checkpoint, envs, tmp_path, monkeypatch):

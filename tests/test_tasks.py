@@ -42,7 +42,7 @@ def run_expert(envs, num_episodes: int, seed: int = 100) -> list[dict]:
     return episodes
 
 
-@pytest.mark.parametrize("env_id", [needs_assets(env_id) for env_id in TASKS])
+@pytest.mark.parametrize("env_id", [needs_assets(env_id, slow=env_id[:6] in ("PegIns", "PutEgg")) for env_id in TASKS])
 def test_expert_goes_through_every_stage_in_order_to_success(env_id, envs, request):
     if env_id != "PickCube-v1":  # that one in two processes, with images
         envs = state_env(env_id)
@@ -130,7 +130,7 @@ def layout(env) -> torch.Tensor:
     return torch.cat([actor.pose.raw_pose for actor in env.task.movable(env.base)])
 
 
-@pytest.mark.parametrize("env_id", [needs_assets(PUT_CARROT), needs_assets("PutEggplantInBasketScene-v1", slow=True)])
+@pytest.mark.parametrize("env_id", [needs_assets(PUT_CARROT, slow=True), needs_assets("PutEggplantInBasketScene-v1", slow=True)])
 def test_evaluation_plays_simplers_grid_once_and_training_begins_beside_it(env_id):
     env = state_env(env_id)
     grid = []
