@@ -352,7 +352,8 @@ def main(args: Args) -> None:
     for env_id in env_ids[len(demos) :]:
         if rank == 0 and not (output / f"demos_{env_id}.h5").exists():
             collect_demos(output / f"demos_{env_id}.h5", env_id, args, processor.image_size)
-        sum_over_processes([torch.zeros(1, device=device)])  # the others wait
+        if world > 1:
+            dist.barrier()  # the others wait
         demos.append(read_demos(output / f"demos_{env_id}.h5", env_id, args.num_demos, processor.image_size))
     rgb, proprio, actions, where, stages = (torch.cat(parts) for parts in zip(*demos, strict=True))
     which = torch.repeat_interleave(torch.arange(len(env_ids)), torch.tensor([len(part[0]) for part in demos]))  # (M,) task of each frame
@@ -372,7 +373,7 @@ def main(args: Args) -> None:
     params = [*vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing), *heads["aux"].parameters()]
     groups = [{"params": params, "lr": args.learning_rate}, {"params": heads["separator"].parameters(), "lr": 1e-3}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    step, history = 0, []
+    step, history, time_update = 0, [], time.time()
     if state:
         optimizer.load_state_dict(state["optimizer"])
         heads.load_state_dict(state["heads"])
@@ -380,7 +381,6 @@ def main(args: Args) -> None:
         step, history, start = state["step"], state["history"], start - state["wall_s"]
 
     model.train()
-    time_update = time.time()
     progress = trange(args.num_updates, initial=step, desc="sft", unit="update", disable=rank > 0 or None)
     while step < args.num_updates:
         # The step alone decides its batch, so that a resumed run sees the same data

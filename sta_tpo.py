@@ -509,7 +509,8 @@ def main(args: Args) -> None:
     # Roll-outs of the reference policy, and pairs
     time_rollout = time.time()
     files = collect_rollouts(output / "rollouts", model, processor, active, stats, args, rank, world)
-    sum_over_processes([torch.zeros(1, device=device)])  # until the last process has written its roll-outs
+    if world > 1:
+        dist.barrier()  # until the last process has written its roll-outs
     rollouts, names, time_rollout = read_rollouts(files), [file.stem for file in files], time.time() - time_rollout
     env_steps = sum(len(rollout["stage"]) for rollout in rollouts)
     stages, K = task.stages if args.stage_aware else ("trajectory",), len(task.stages)
@@ -567,9 +568,8 @@ def main(args: Args) -> None:
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
     model.train(args.gradient_checkpointing)
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    batch_size = world * args.batch_size  # of all processes
+    batch_size, step, warned = world * args.batch_size, 0, set()  # of all processes
     updates_per_epoch = math.ceil(len(pairs) / batch_size)
-    step, warned = 0, set()
     if state:
         optimizer.load_state_dict(state["optimizer"])
         model.load_state_dict(state["adapter"], strict=False)
