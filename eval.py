@@ -76,16 +76,11 @@ class Args:
 def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-        if model_type != "openvla":
-            raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-        model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
-        return model, AutoProcessor.from_pretrained(folder), folder
-    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        vla.check_folder(folder)
+        return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
+    except Exception as error:  # a file may hold anything
+        raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
 
 
 def check_instructions(model, processor, texts: list[str]) -> None:
@@ -102,8 +97,7 @@ def load_separator(folder: Path, env_id: str, device: torch.device):
     try:
         for _ in range(9):  # policies before this one; no chain is longer
             if not (folder / "separator.safetensors").exists():
-                before = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
-                folder = before / "checkpoint" if (before / "checkpoint").is_dir() else before
+                folder = vla.model_folder(json.loads((folder / "args.json").read_text())["checkpoint"])
         if env_id not in json.loads((folder / "args.json").read_text())["env_id"].split(","):
             raise KeyError(env_id)
         weights = load_file(folder / "separator.safetensors", device=str(device))

@@ -9,7 +9,6 @@ loss = -mean over samples of [ sum over active action tokens of log pi(token | i
 Equations, choices, what differs from OpenVLA's recipe: docs/sft.md.
 Letters: B batch, M frames, A action tokens, D hidden width.
 """
-import contextlib
 import json
 import os
 import shutil
@@ -28,15 +27,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from mani_skill.trajectory import utils as trajectory_utils
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm, trange
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 import vla
 from eval import evaluate
-from stare_utils import TASKS, TRAIN_SEEDS, ScriptedExpert, UserError, make_envs
+from stare_utils import TASKS, TRAIN_SEEDS, ScriptedExpert, Stop, UserError, make_envs
 
 
 @dataclass
@@ -129,13 +127,14 @@ def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
         return Path(name[0]), None
     output = Path(name[0])
     output.mkdir(parents=True, exist_ok=True)
+    stare_utils.lock_run(output)
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
-    if (output / "checkpoint" / "args.json").exists():
-        before, ignored = json.loads((output / "checkpoint" / "args.json").read_text()), ("resume", "checkpoint", "output_dir")
-        if changed := [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
-                       if name not in ignored and before.get(name, value) != value]:  # fmt: skip
-            print(f"resumed with other settings than before: {', '.join(changed)}")
+    if (file := output / "checkpoint" / "args.json").exists():
+        before, ignored = json.loads(file.read_text()), ("resume", "checkpoint", "output_dir")
+        changed = [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
+                   if name not in ignored and before.get(name, value) != value]  # fmt: skip
+        print("resumed" + f" with other settings than before: {', '.join(changed)}" * bool(changed))
     if args.track:
         import wandb
 
@@ -147,9 +146,9 @@ def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
     return output, writer
 
 
-def save_checkpoint(output: Path, model, processor, args: dict, state: dict, heads: dict = {}) -> None:  # noqa: B006
-    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), and each head by its name.
-    The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
+def save_checkpoint(output: Path, model, processor, args: dict, state: dict, optimizer=None, heads: dict = {}) -> None:  # noqa: B006
+    """Writes output/checkpoint: model with its statistics, processor, args.json, each head by its name, and the training state (vla.write_state). The
+    folder is written beside its place and renamed, so a run that dies while saving keeps the one before, which stays as checkpoint.old."""
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -157,39 +156,35 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
     (new / "args.json").write_text(json.dumps(args, indent=1))
     for name, head in heads.items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
-    torch.save(state, new / "training_state.pt")
-    shutil.rmtree(old, ignore_errors=True)
+    vla.write_state(new, state, optimizer.state_dict()["state"] if optimizer else {}, model if args.get("lora_rank") else None)
     if (output / "checkpoint").exists():
+        shutil.rmtree(old, ignore_errors=True)
         (output / "checkpoint").rename(old)
     new.rename(output / "checkpoint")
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(output: Path, script: str) -> dict | None:
-    """The training state of output/checkpoint, None where there is none (every step seeds its own random numbers). UserError: another script's."""
-    with contextlib.suppress(OSError):  # died between two renames
-        (output / "checkpoint.old").rename(output / "checkpoint")
-    if not (output / "checkpoint" / "training_state.pt").exists():
-        return None
-    state = torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
-    if state.get("script") != script:
-        raise UserError(f"{output} holds a run of {state.get('script', 'an older version')}, not of {script}: choose another --output-dir")
+def load_state(output: Path, script: str, rank: int = 0) -> dict | None:
+    """The training state of output/checkpoint, of the one before where that is missing or damaged; None where there is neither (every step seeds its own
+    random numbers). No other process may be at work there. Raises UserError when the state is another script's, or damaged too."""
+    folder, state = output / "checkpoint", None
+    if rank == 0 and output.is_dir():
+        stare_utils.lock_run(output)
+        vla.recover(output)
+    if dist.is_initialized():
+        dist.barrier()
+    if folder.exists() and (state := vla.read_state(folder)).get("script") != script:
+        raise UserError(f"{folder} is {state.get('damaged') or 'of ' + state.get('script', 'another script')}, not of {script}: choose another --output-dir")
     return state
 
 
 def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-        if model_type != "openvla":
-            raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-        model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
-        return model, AutoProcessor.from_pretrained(folder), folder
-    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        vla.check_folder(folder)
+        return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
+    except Exception as error:  # a file may hold anything
+        raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
 
 
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
@@ -334,7 +329,7 @@ def main(args: Args) -> None:
     set_seed(args.seed)
     for env_id in env_ids:
         stare_utils.check_world(env_id)  # everything that can be wrong with the input is found before the run folder is made
-    state = load_state(Path(args.output_dir), "sft") if args.resume and args.output_dir else None
+    state = load_state(Path(args.output_dir), "sft", rank) if args.resume and args.output_dir else None
     begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())} if state else asdict(args)
     if other := [name for name in ("lora_rank", "vla") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base
         raise UserError(f"{args.output_dir} was begun with {other[0]} = {begun[other[0]]}, not {getattr(args, other[0])}: resume with the same")
@@ -375,14 +370,14 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     step, history, time_update = 0, [], time.time()
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["moments"]})
+        heads.load_state_dict(load_file(output / "checkpoint" / "heads.safetensors"))
         model.load_state_dict(state["adapter"], strict=False)
-        step, history, start = state["step"], state["history"], start - state["wall_s"]
+        step, history, start = state["step"], list(torch.tensor(state["history"], device=device)), start - state["wall_s"]
 
     model.train()
     progress = trange(args.num_updates, initial=step, desc="sft", unit="update", disable=rank > 0 or None)
-    while step < args.num_updates:
+    while Stop.hold(step < args.num_updates):
         # The step alone decides its batch, so that a resumed run sees the same data
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         index = torch.randint(len(rgb), (world * args.batch_size,), generator=generator)
@@ -411,6 +406,7 @@ def main(args: Args) -> None:
         row = torch.stack(rows).sum(0)
         sum_over_processes([row, *(p.grad for group in optimizer.param_groups for p in group["params"])])
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        stare_utils.refuse_nan({"loss": row[0].item(), "gradient": grad_norm.item()}, output, {"rgb": rgb[index], "proprio": proprio[index], "bins": mb_bins})
         optimizer.step()
         step += 1
         history.append(torch.cat([row, grad_norm[None]]))
@@ -426,12 +422,11 @@ def main(args: Args) -> None:
                 print(f"update {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scalars.items()), flush=True)
             for key, value in scalars.items() if rank == 0 else ():
                 writer.add_scalar(key, value, step)
-        if rank == 0 and (step % args.save_freq == 0 or step == args.num_updates):
-            adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
-            state = {"script": "sft", "optimizer": optimizer.state_dict(), "adapter": adapter, "heads": heads.state_dict(), "step": step, "history": history,
-                     "wall_s": time.time() - start}  # fmt: skip
+        if rank == 0 and (Stop.asked() or step % args.save_freq == 0 or step == args.num_updates):
+            state = {"script": "sft", "step": step, "history": torch.stack(history).tolist() if history else [], "wall_s": time.time() - start}
             info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(state["wall_s"], 1)}
-            save_checkpoint(output, model, processor, info, state, {"separator": heads["separator"]} if all(labelled) else {})
+            known = {"heads": heads, **({"separator": heads["separator"]} if all(labelled) else {})}
+            save_checkpoint(output, model, processor, info, state, optimizer, known)
     progress.close()
     if rank > 0:
         return

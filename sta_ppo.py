@@ -12,7 +12,6 @@ episodes begin anew with a roll-out, where the horizon allows. `grep STARE` show
 To add a task edit TASKS in stare_utils.py, nothing here, and imitate it first (sft.py).
 Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
 """
-import contextlib
 import json
 import math
 import os
@@ -38,7 +37,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 import vla
 from eval import evaluate
-from stare_utils import UserError, make_envs, shape_rewards
+from stare_utils import Stop, UserError, make_envs, shape_rewards
 
 
 @dataclass
@@ -108,7 +107,7 @@ class Args:
     """no further epoch in this update once the KL of an epoch's last minibatch exceeds this; without effect at --update-epochs 1"""
     critic_warmup: int = 2
     """updates in which the VLA's learning rate is 0 while Adam's second moments fill: an untrained critic punishes good actions, and Adam's
-    first steps are its largest. Their momentum is forgotten"""
+    first steps are its largest. All momentum is then forgotten"""
     lora_rank: int = 0
     """0 trains all weights; else LoRA matrices of this rank on the linear layers (not the vocabulary's head), merged into what is written"""
     learning_rate: float = 5e-5
@@ -165,13 +164,14 @@ def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
         return Path(name[0]), None
     output = Path(name[0])
     output.mkdir(parents=True, exist_ok=True)
+    stare_utils.lock_run(output)
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
-    if (output / "checkpoint" / "args.json").exists():
-        before, ignored = json.loads((output / "checkpoint" / "args.json").read_text()), ("resume", "checkpoint", "output_dir")
-        if changed := [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
-                       if name not in ignored and before.get(name, value) != value]:  # fmt: skip
-            print(f"resumed with other settings than before: {', '.join(changed)}")
+    if (file := output / "checkpoint" / "args.json").exists():
+        before, ignored = json.loads(file.read_text()), ("resume", "checkpoint", "output_dir")
+        changed = [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
+                   if name not in ignored and before.get(name, value) != value]  # fmt: skip
+        print("resumed" + f" with other settings than before: {', '.join(changed)}" * bool(changed))
     if args.track:
         import wandb
 
@@ -183,9 +183,9 @@ def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
     return output, writer
 
 
-def save_checkpoint(output: Path, model, processor, args: dict, state: dict, heads: dict = {}) -> None:  # noqa: B006
-    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), and each head by its name.
-    The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
+def save_checkpoint(output: Path, model, processor, args: dict, state: dict, optimizer=None, heads: dict = {}) -> None:  # noqa: B006
+    """Writes output/checkpoint: model with its statistics, processor, args.json, each head by its name, and the training state (vla.write_state). The
+    folder is written beside its place and renamed, so a run that dies while saving keeps the one before, which stays as checkpoint.old."""
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -193,23 +193,24 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
     (new / "args.json").write_text(json.dumps(args, indent=1))
     for name, head in heads.items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
-    torch.save(state, new / "training_state.pt")
-    shutil.rmtree(old, ignore_errors=True)
+    vla.write_state(new, state, optimizer.state_dict()["state"] if optimizer else {}, model if args.get("lora_rank") else None)
     if (output / "checkpoint").exists():
+        shutil.rmtree(old, ignore_errors=True)
         (output / "checkpoint").rename(old)
     new.rename(output / "checkpoint")
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(output: Path, script: str) -> dict | None:
-    """The training state of output/checkpoint, None where there is none (every step seeds its own random numbers). UserError: another script's."""
-    with contextlib.suppress(OSError):  # died between two renames
-        (output / "checkpoint.old").rename(output / "checkpoint")
-    if not (output / "checkpoint" / "training_state.pt").exists():
-        return None
-    state = torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
-    if state.get("script") != script:
-        raise UserError(f"{output} holds a run of {state.get('script', 'an older version')}, not of {script}: choose another --output-dir")
+def load_state(output: Path, script: str, rank: int = 0) -> dict | None:
+    """The training state of output/checkpoint, of the one before where that is missing or damaged; None where there is neither (every step seeds its own
+    random numbers). No other process may be at work there. Raises UserError when the state is another script's, or damaged too."""
+    folder, state = output / "checkpoint", None
+    if rank == 0 and output.is_dir():
+        stare_utils.lock_run(output)
+        vla.recover(output)
+    if dist.is_initialized():
+        dist.barrier()
+    if folder.exists() and (state := vla.read_state(folder)).get("script") != script:
+        raise UserError(f"{folder} is {state.get('damaged') or 'of ' + state.get('script', 'another script')}, not of {script}: choose another --output-dir")
     return state
 
 
@@ -227,16 +228,11 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
 def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-        if model_type != "openvla":
-            raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-        model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
-        return model, AutoProcessor.from_pretrained(folder), folder
-    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        vla.check_folder(folder)
+        return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
+    except Exception as error:  # a file may hold anything
+        raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
 
 
 def load_separator(folder: Path, env_id: str, device: torch.device):
@@ -245,8 +241,7 @@ def load_separator(folder: Path, env_id: str, device: torch.device):
     try:
         for _ in range(9):  # policies before this one; no chain is longer
             if not (folder / "separator.safetensors").exists():
-                before = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
-                folder = before / "checkpoint" if (before / "checkpoint").is_dir() else before
+                folder = vla.model_folder(json.loads((folder / "args.json").read_text())["checkpoint"])
         if env_id not in json.loads((folder / "args.json").read_text())["env_id"].split(","):
             raise KeyError(env_id)
         weights = load_file(folder / "separator.safetensors", device=str(device))
@@ -357,7 +352,7 @@ def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
 
 
 def ppo_symptoms(first: dict, now: dict) -> list[str]:
-    """Lines that name what is wrong, from the logged scalars of the run's first update and of the present one."""
+    """Lines that name what is wrong, from the logged scalars of the run's first complete round of episodes and of the present update."""
     lines = []
     if abs(now["losses/first_ratio"] - 1) > 0.01 or now["losses/rollout_update_logprob_gap"] > 0.05:
         lines.append("the ratio on the first minibatch is not 1: roll-out and update compute different log-probabilities (mode, dropout, padding or dtype)")
@@ -387,14 +382,15 @@ def main(args: Args) -> None:
     if others:
         raise UserError("--env-id takes one task here; sft.py and eval.py take several")
     task = stare_utils.get_task(args.env_id)
-    for name in ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "chunk_size", "save_freq"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.lora_rank < 0:
-        raise UserError(f"--lora-rank must be at least 0, not {args.lora_rank}")
+    least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "chunk_size", "save_freq"), 1)
+    for name, value in {**least, **dict.fromkeys(("lora_rank", "critic_warmup", "eval_freq", "num_eval_episodes"), 0)}.items():
+        if getattr(args, name) < value:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {value}, not {getattr(args, name)}")
+    if args.stage_source == "learned" and (args.potential, args.potential_across_stages) != ("sigmoid", "offset"):
+        raise UserError("--stage-source learned knows no distances, its Phi is k alone: leave out --potential and --potential-across-stages")
     (rank, world, device), threads = join_processes(args.cuda), torch.get_num_threads()
     T, N = args.num_steps, args.num_envs
-    if T * N % args.num_minibatches:
+    if T * N % args.num_minibatches or T * N == 1:
         raise UserError(f"num_envs * num_steps = {T * N} does not divide by --num-minibatches {args.num_minibatches}")
     args.batch_size = world * T * N
     args.minibatch_size = args.batch_size // args.num_minibatches
@@ -411,7 +407,7 @@ def main(args: Args) -> None:
     reward_scale = 1 / task.max_episode_steps if args.reward == "dense" else 1.0
     if weight * (K if args.potential_across_stages == "offset" else 1) > 1 and args.critic_warmup == 0:
         print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
-    state = load_state(Path(args.output_dir), "sta_ppo") if args.resume and args.output_dir else None
+    state = load_state(Path(args.output_dir), "sta_ppo", rank) if args.resume and args.output_dir else None
     given = args.vla or args.checkpoint
     source = state["source"] if state else given or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
     if given and vla.model_folder(given).resolve() != vla.model_folder(source).resolve():
@@ -432,6 +428,8 @@ def main(args: Args) -> None:
     active = ~vla.constant_dims(stats["action"])
     stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_ppo", rank)
+    if not output.is_dir():
+        raise UserError(f"process {rank} cannot see {output}: the nodes of a job need a file system that they share")
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
     optimizer = torch.optim.AdamW(
         [{"params": params, "lr": args.learning_rate}, {"params": value_head.parameters(), "lr": args.value_learning_rate}],
@@ -440,7 +438,7 @@ def main(args: Args) -> None:
     base_rates = [group["lr"] for group in optimizer.param_groups]
     iteration, recent, first, warned = 0, [], {}, set()  # recent: what is logged about the last counted episodes, a dict each
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["moments"]})
         value_head.load_state_dict(load_file(Path(args.output_dir) / "checkpoint" / "value_head.safetensors"))
         model.load_state_dict(state["adapter"], strict=False)
         iteration, recent, first, start = state["iteration"], state["recent"], state["first"], start - state["wall_s"]
@@ -483,8 +481,8 @@ def main(args: Args) -> None:
 
     # ALGO LOGIC: storage, (T, N, ...)
     A = len(active)
-    next_obs, next_info = envs.reset(seed=args.seed)
-    counts, lengths = torch.zeros(N), torch.tensor([stage.length for stage in task.stage_table])
+    next_obs, next_info = envs.reset(seed=args.seed)  # for the shapes
+    begun_at, lengths = iteration, torch.tensor([stage.length for stage in task.stage_table])
     so_far = {"returns": torch.zeros(N, 2), "steps": torch.zeros(N, K), "costs": torch.zeros(N, K)}  # of each env's present episode
     obs = {name: torch.zeros(T, *value.shape, dtype=value.dtype) for name, value in next_obs.items()}
     bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
@@ -494,14 +492,14 @@ def main(args: Args) -> None:
 
     progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step",
                     disable=rank > 0 or None)  # fmt: skip
-    while iteration < args.num_iterations:
-        # Iteration and process alone decide their random numbers and episodes: whoever resumes here goes on exactly as if never stopped
+    while Stop.hold(iteration < args.num_iterations):
+        # Iteration and process alone decide their random numbers and episodes: whoever resumes where episodes begin goes on as if never stopped
         torch.manual_seed((args.seed * 1_000_003 + iteration) * world + rank)
         time_rollout = time.time()
-        if iteration % fresh == 0:
+        if iteration % fresh == 0 or iteration == begun_at:
             next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + (iteration * world + rank) * N) % (stare_utils.TRAIN_SEEDS - N))
             # Only the first `whole` episodes of each env count in the statistics: another one fits into the roll-out only after a quick success
-            counts = torch.full((N,), whole)
+            counts = torch.full((N,), whole if iteration % fresh == 0 else 0)
             for sums in so_far.values():
                 sums.zero_()
         stage, phi = stage_of(next_obs, next_info)
@@ -529,7 +527,7 @@ def main(args: Args) -> None:
             env_rewards[t], terminated[t], done[t] = reward.to(device), term.to(device), (term | trunc).to(device)
             stage, phi = stage_of(next_obs, next_info)
             next_potentials[t] = phi
-            if (ended := next_info["_final_info"]).any():
+            if (ended := next_info["_final_info"].to(device)).any():
                 # STARE: Phi of the true next state. At an episode's end `next_info` is already the new episode's
                 final, final_obs = next_info["final_info"], next_info["final_obs"]
                 next_potentials[t, ended] = stage_of(final_obs, final)[1][ended]
@@ -565,7 +563,7 @@ def main(args: Args) -> None:
         # flatten the batch
         b_obs = {name: value.flatten(0, 1) for name, value in obs.items()}
         b_bins, b_logprobs, b_returns = bins.flatten(0, 1), logprobs.flatten(), returns.flatten()
-        # of all processes: (4, world * B), own steps at `own`
+        # of all processes: (4, world * T * N), own steps at `own`
         all_steps, own = torch.zeros(4, world * T * N, device=device), slice(rank * T * N, (rank + 1) * T * N)
         all_steps[:, own] = torch.stack([advantages, returns, values, stages.float()]).flatten(1)
         sum_over_processes([all_steps])
@@ -610,22 +608,26 @@ def main(args: Args) -> None:
                     **dict(zip(("policy_loss", "value_loss", "kl_to_start", "entropy"), torch.stack(losses).sum(0), strict=True)),
                     "old_approx_kl": (-logratio).mean(), "approx_kl": (ratio - 1 - logratio).mean(),  # never negative, http://joschu.net/blog/kl-approx.html
                     "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(), "grad_norm": grad_norm,
-                    "ratio": ratio.mean(), "largest_logratio": logratio.abs().max(),
+                    "ratio": ratio.mean(),
                 }  # fmt: skip
                 sum_over_processes([means := torch.stack(list(row.values())) / world])
-                history.append(dict(zip(row, means, strict=True)))
+                gap = logratio.abs().max()
+                if world > 1:
+                    dist.all_reduce(gap, op=dist.ReduceOp.MAX)
+                history.append({**dict(zip(row, means, strict=True)), "largest_logratio": gap})
             if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
                 break
         model.eval()
         iteration += 1
         if iteration == args.critic_warmup:
             for moments in optimizer.state.values():
-                moments["exp_avg"].zero_()  # the direction that the untrained critic taught
+                moments["exp_avg"].zero_()  # the direction that the untrained critic taught; the value head's own as well
 
         # TRY NOT TO MODIFY: record, means over the update's minibatches
         global_step = iteration * args.batch_size
         names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm", "kl_to_start")
         scalars = {f"losses/{name}": torch.stack([row[name] for row in history]).mean().item() for name in names}
+        stare_utils.refuse_nan(scalars, output, {**b_obs, "bins": b_bins, "logprobs": b_logprobs, "advantages": b_advantages, "returns": b_returns})
         now = time.time()
         scalars |= {
             "losses/first_ratio": history[0]["ratio"].item(), "losses/rollout_update_logprob_gap": history[0]["largest_logratio"].item(),
@@ -647,14 +649,12 @@ def main(args: Args) -> None:
         print(f"step {global_step}: success {scalars.get('charts/success_once', np.nan):.2f} length {scalars.get('charts/episodic_length', np.nan):.1f} "
               f"kl {scalars['losses/approx_kl']:.4f} clip {scalars['losses/clipfrac']:.2f} ev {scalars['losses/explained_variance']:.2f} "
               f"entropy {scalars['losses/entropy']:.1f} SPS {scalars['charts/SPS']:.0f}", flush=True)  # fmt: skip
-        if rank == 0 and (iteration % save_freq == 0 or iteration == args.num_iterations):
+        if rank == 0 and (Stop.asked() or iteration % save_freq == 0 or iteration == args.num_iterations):
             wall = time.time() - start
             method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
-            adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
-            state = {"script": "sta_ppo", "optimizer": optimizer.state_dict(), "adapter": adapter, "iteration": iteration, "recent": recent, "first": first,
-                     "source": str(source), "wall_s": wall}  # fmt: skip
+            state = {"script": "sta_ppo", "iteration": iteration, "recent": recent, "first": first, "source": str(source), "wall_s": wall}
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
-            save_checkpoint(output, model, processor, info, state, {"value_head": value_head})
+            save_checkpoint(output, model, processor, info, state, optimizer, {"value_head": value_head})
         if args.eval_freq and iteration % args.eval_freq == 0 and iteration < args.num_iterations:
             log_evaluation(global_step)
     progress.close()

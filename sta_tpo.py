@@ -11,7 +11,6 @@ A pair exists for stage k only if both roll-outs finished stage k - 1; the winne
 The reference is the checkpoint itself, as cached fp32 log-probabilities. Equations, choices, what differs from GRAPE: docs/sta_tpo.md.
 Letters: R roll-outs, T steps, K stages, P pairs, S steps of all pairs in a batch, A action tokens, B chunk of steps, N envs, D hidden width.
 """
-import contextlib
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 import vla
 from eval import evaluate
-from stare_utils import TRAIN_SEEDS, UserError, decode_stages, make_envs, segment_stages, stage_costs
+from stare_utils import TRAIN_SEEDS, Stop, UserError, decode_stages, make_envs, segment_stages, stage_costs
 
 
 @dataclass
@@ -144,13 +143,14 @@ def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
         return Path(name[0]), None
     output = Path(name[0])
     output.mkdir(parents=True, exist_ok=True)
+    stare_utils.lock_run(output)
     if any(output.iterdir()) and not args.resume:
         raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
-    if (output / "checkpoint" / "args.json").exists():
-        before, ignored = json.loads((output / "checkpoint" / "args.json").read_text()), ("resume", "checkpoint", "output_dir")
-        if changed := [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
-                       if name not in ignored and before.get(name, value) != value]:  # fmt: skip
-            print(f"resumed with other settings than before: {', '.join(changed)}")
+    if (file := output / "checkpoint" / "args.json").exists():
+        before, ignored = json.loads(file.read_text()), ("resume", "checkpoint", "output_dir")
+        changed = [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
+                   if name not in ignored and before.get(name, value) != value]  # fmt: skip
+        print("resumed" + f" with other settings than before: {', '.join(changed)}" * bool(changed))
     if args.track:
         import wandb
 
@@ -162,9 +162,9 @@ def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
     return output, writer
 
 
-def save_checkpoint(output: Path, model, processor, args: dict, state: dict, heads: dict = {}) -> None:  # noqa: B006
-    """Writes output/checkpoint: model with its statistics, processor, args.json, training_state.pt (optimiser, step), and each head by its name.
-    The folder is written beside its place and renamed, so a run that dies while saving keeps the checkpoint before."""
+def save_checkpoint(output: Path, model, processor, args: dict, state: dict, optimizer=None, heads: dict = {}) -> None:  # noqa: B006
+    """Writes output/checkpoint: model with its statistics, processor, args.json, each head by its name, and the training state (vla.write_state). The
+    folder is written beside its place and renamed, so a run that dies while saving keeps the one before, which stays as checkpoint.old."""
     new, old = output / "checkpoint.new", output / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -172,23 +172,24 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, hea
     (new / "args.json").write_text(json.dumps(args, indent=1))
     for name, head in heads.items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
-    torch.save(state, new / "training_state.pt")
-    shutil.rmtree(old, ignore_errors=True)
+    vla.write_state(new, state, optimizer.state_dict()["state"] if optimizer else {}, model if args.get("lora_rank") else None)
     if (output / "checkpoint").exists():
+        shutil.rmtree(old, ignore_errors=True)
         (output / "checkpoint").rename(old)
     new.rename(output / "checkpoint")
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(output: Path, script: str) -> dict | None:
-    """The training state of output/checkpoint, None where there is none (every step seeds its own random numbers). UserError: another script's."""
-    with contextlib.suppress(OSError):  # died between two renames
-        (output / "checkpoint.old").rename(output / "checkpoint")
-    if not (output / "checkpoint" / "training_state.pt").exists():
-        return None
-    state = torch.load(output / "checkpoint" / "training_state.pt", map_location="cpu", weights_only=False)
-    if state.get("script") != script:
-        raise UserError(f"{output} holds a run of {state.get('script', 'an older version')}, not of {script}: choose another --output-dir")
+def load_state(output: Path, script: str, rank: int = 0) -> dict | None:
+    """The training state of output/checkpoint, of the one before where that is missing or damaged; None where there is neither (every step seeds its own
+    random numbers). No other process may be at work there. Raises UserError when the state is another script's, or damaged too."""
+    folder, state = output / "checkpoint", None
+    if rank == 0 and output.is_dir():
+        stare_utils.lock_run(output)
+        vla.recover(output)
+    if dist.is_initialized():
+        dist.barrier()
+    if folder.exists() and (state := vla.read_state(folder)).get("script") != script:
+        raise UserError(f"{folder} is {state.get('damaged') or 'of ' + state.get('script', 'another script')}, not of {script}: choose another --output-dir")
     return state
 
 
@@ -206,16 +207,11 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
 def load_policy(checkpoint: str, device: torch.device):
     """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
     folder = vla.model_folder(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no checkpoint at {checkpoint}: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-        if model_type != "openvla":
-            raise UserError(f"{folder} holds a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
-        model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
-        return model, AutoProcessor.from_pretrained(folder), folder
-    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        vla.check_folder(folder)
+        return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
+    except Exception as error:  # a file may hold anything
+        raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
 
 
 def load_separator(folder: Path, env_id: str, device: torch.device):
@@ -224,8 +220,7 @@ def load_separator(folder: Path, env_id: str, device: torch.device):
     try:
         for _ in range(9):  # policies before this one; no chain is longer
             if not (folder / "separator.safetensors").exists():
-                before = Path(json.loads((folder / "args.json").read_text())["checkpoint"])
-                folder = before / "checkpoint" if (before / "checkpoint").is_dir() else before
+                folder = vla.model_folder(json.loads((folder / "args.json").read_text())["checkpoint"])
         if env_id not in json.loads((folder / "args.json").read_text())["env_id"].split(","):
             raise KeyError(env_id)
         weights = load_file(folder / "separator.safetensors", device=str(device))
@@ -391,9 +386,15 @@ def collect_rollouts(folder: Path, model, processor, active: torch.Tensor, stats
 
 
 def read_rollouts(files: list[Path]) -> list[dict]:
-    """Roll-outs as dicts of tensors."""
-    rollouts = [{name: torch.from_numpy(values) for name, values in np.load(file).items()} for file in files]
-    return [{**rollout, "init_seed": int(rollout["init_seed"]), "success": bool(rollout["success"])} for rollout in rollouts]
+    """Roll-outs as dicts of tensors. Raises UserError on a file that cannot be read."""
+    rollouts = []
+    for file in files:
+        try:
+            rollout = {name: torch.from_numpy(values) for name, values in np.load(file).items()}
+            rollouts.append({**rollout, "init_seed": int(rollout["init_seed"]), "success": bool(rollout["success"])})
+        except Exception as error:  # half a zip file may raise anything
+            raise UserError(f"{file} is damaged ({type(error).__name__}): remove it, --resume samples it again") from None
+    return rollouts
 
 
 def segment_rows(rollout: dict, stage: int, num_stages: int, stage_aware: bool) -> torch.Tensor:
@@ -458,8 +459,8 @@ def tpo_symptoms(chosen_shift: float, margin: float) -> list[str]:
 
 def print_pairs(pairs: list[dict], rollouts: list[dict], stages: tuple[str, ...]) -> None:
     """How many pairs each stage has and why; the gap of the entry distance shows how far the start states of later segments differ."""
-    print(f"{len(rollouts)} roll-outs, {np.mean([r['success'] for r in rollouts]):.3f} successful, {sum(len(r['stage']) for r in rollouts)} env steps")
-    print("stage           pairs   completed   cost   human   entry gap (L_k)")
+    print(f"{len(rollouts)} roll-outs, {np.mean([r['success'] for r in rollouts]):.3f} successful, {sum(len(r['stage']) for r in rollouts)} env steps\n"
+          "stage           pairs   completed   cost   human   entry gap (L_k)")  # fmt: skip
     for k, name in enumerate(stages):
         mine = [pair for pair in pairs if pair["stage"] == k]
         entry = lambda i, k=k: rollouts[i]["distance"][segment_rows(rollouts[i], k, len(stages), len(stages) > 1)[0]]  # noqa: E731
@@ -484,7 +485,7 @@ def main(args: Args) -> None:
         raise UserError(f"{args.export_pairs} is not empty: choose another --export-pairs")
     rank, world, device = join_processes(args.cuda)
     given, record, resume = args.vla or args.checkpoint, Path(args.output_dir) / "source.txt", args.resume and args.output_dir
-    recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir), "sta_tpo") if resume else None
+    recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir), "sta_tpo", rank) if resume else None
     if recorded and given and Path(recorded).resolve() != load_policy(given, device)[2].resolve():
         raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {given}: choose another --output-dir")
     if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text()).get("lora_rank", 0)) != args.lora_rank:
@@ -571,12 +572,12 @@ def main(args: Args) -> None:
     batch_size, step, warned = world * args.batch_size, 0, set()  # of all processes
     updates_per_epoch = math.ceil(len(pairs) / batch_size)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["moments"]})
         model.load_state_dict(state["adapter"], strict=False)
         step, start = state["step"], start - state["wall_s"]
 
     progress = tqdm(total=args.num_epochs * updates_per_epoch, initial=step, desc="sta_tpo", unit="update", disable=rank > 0 or None)
-    while step < args.num_epochs * updates_per_epoch:
+    while Stop.hold(step < args.num_epochs * updates_per_epoch):
         time_update = time.time()
         epoch, batch = divmod(step, updates_per_epoch)
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
@@ -603,6 +604,7 @@ def main(args: Args) -> None:
             (w * logprobs(steps)).sum().backward()
         sum_over_processes([p.grad for p in params])
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        stare_utils.refuse_nan({"loss": losses.sum().item(), "gradient": grad_norm.item()}, output, {name: x[mb_steps] for name, x in flat.items()})
         optimizer.step()
         step += 1
         margins = (chosen_rewards - rejected_rewards).detach()
@@ -624,13 +626,11 @@ def main(args: Args) -> None:
             print(f"warning: {line}")
             warned.add(line)
         progress.update()
-        if rank == 0 and (step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch):
-            adapter = {name: p.detach() for name, p in model.named_parameters() if args.lora_rank and p.requires_grad}
-            state = {"script": "sta_tpo", "optimizer": optimizer.state_dict(), "adapter": adapter, "step": step, "pairs": digest,
-                     "wall_s": time.time() - start}  # fmt: skip
+        if rank == 0 and (Stop.asked() or step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch):
+            state = {"script": "sta_tpo", "step": step, "pairs": digest, "wall_s": time.time() - start}
             info = {**asdict(args), "checkpoint": str(source), "method": "STA-TPO" if args.stage_aware else "TPO", "env_steps": env_steps,
                     "wall_s": round(state["wall_s"], 1)}  # fmt: skip
-            save_checkpoint(output, model, processor, info, state)
+            save_checkpoint(output, model, processor, info, state, optimizer)
             print(f"update {step}: loss {scalars['losses/tpo_loss']:.4f} margin {scalars['rewards/margins']:+.3f} accuracy {scalars['rewards/accuracies']:.2f}")
     progress.close()
     if rank > 0:

@@ -7,11 +7,14 @@ A task is one entry of `TASKS`: to add one, write a function that reads its stat
 """
 import contextlib
 import difflib
+import fcntl
 import logging
+import math
 import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -33,6 +36,7 @@ from mani_skill.utils.geometry import rotation_conversions as rotations
 from mani_skill.utils.registration import REGISTERED_ENVS, TimeLimitWrapper
 from mani_skill.utils.sapien_utils import look_at
 from mani_skill.utils.structs.pose import Pose
+from safetensors.torch import save_file
 
 Tensor = torch.Tensor
 State = dict[str, Tensor]
@@ -49,13 +53,43 @@ TRAIN_JITTER = 0.02  # m: how far from SimplerEnv's grid, which evaluation plays
 class UserError(Exception):
     """A mistake that a user can make. Scripts print its one line and exit with code 2."""
 
+class Stop:
+    """SIGINT and SIGTERM. They end a script at once, but during a training loop the update ends first and is saved; a second one does not wait."""
+    signals: list[int] = []
+    held = leaving = False
+
+    @classmethod
+    def catch(cls, number: int, frame) -> None:
+        cls.signals.append(number)
+        if not cls.held or len(cls.signals) > 1:
+            raise KeyboardInterrupt
+
+    @classmethod
+    def hold(cls, more: bool) -> bool:
+        """The condition of a training loop: while `more`, signals wait for `asked`. Raises KeyboardInterrupt once that has been true."""
+        if cls.leaving:
+            raise KeyboardInterrupt
+        cls.held = more
+        return more
+
+    @classmethod
+    def asked(cls) -> bool:
+        """Whether a signal has come: the loop then saves."""
+        cls.leaving = bool(cls.signals)
+        return cls.leaving
+
 @contextlib.contextmanager
 def one_line_errors():
-    """Ends a script in one line that says what to do, and exit code 2, where the user or the machine is at fault and not the code."""
+    """Ends a script in one line that says what to do, and exit code 2, where the user or the machine is at fault and not the code; 128 + signal where
+    one has stopped it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, Stop.catch)
     try:
-        yield
+        return (yield)
+    except KeyboardInterrupt:
+        code, line = 128 + Stop.signals[-1], "stopped; " + "the last update is saved, " * Stop.leaving + "go on with --resume and the run's --output-dir"
     except (UserError, OSError, RuntimeError) as error:
-        line = next(iter(str(error).splitlines()), "")
+        code, line = 2, next(iter(str(error).splitlines()), "")
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in line:
             line = "out of memory: lower --chunk-size (and --num-envs, --batch-size), or add --gradient-checkpointing, or --lora-rank 32"
         elif "invalid device ordinal" in line:
@@ -66,8 +100,29 @@ def one_line_errors():
             line = f"cannot use {error.filename or 'the disk'}: {error.strerror}"
         elif not isinstance(error, UserError):
             raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+    for process in multiprocessing.active_children():
+        process.kill()  # an env process would be asked to end, and waited for
+    print(f"error: {line}" if code == 2 else line, file=sys.stderr)
+    sys.exit(code)
+
+def lock_run(folder: Path, held: dict[Path, int] = {}) -> None:  # noqa: B006  one for all calls: the locks that this process holds until it ends
+    """Keeps other processes out of a run's folder. Raises UserError when one is in it."""
+    if folder.resolve() not in held:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}: wait for it, stop it, or choose another --output-dir") from None
+        held[folder.resolve()] = handle
+
+def refuse_nan(losses: dict[str, float], output: Path, batch: dict[str, Tensor]) -> None:
+    """Raises UserError when a loss or gradient is no number: the weights are lost, the last checkpoint is whole. The batch is kept to look at."""
+    if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+        file = output / f"nan_batch{os.environ.get('RANK', '')}.safetensors"
+        save_file({name: x.detach().contiguous() for name, x in batch.items()}, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").rename(file)
+        raise UserError(f"not finite: {', '.join(bad)}. The batch is in {file}. Go on from the last checkpoint with --resume"
+                        " and a lower --learning-rate")  # fmt: skip
 
 # ------------------------------------------------------------ Tasks ------------------------------------------------------------
 @dataclass(frozen=True)
@@ -359,12 +414,13 @@ def stage_signals(task: Task, state: State, success: Tensor, potential: str, acr
     `potential` (N,) = Phi(s). `stage` is the largest k whose entry condition holds; lower ones need not.
     across="offset": Phi = k + phi_k, K at success, so that Phi never falls at a stage switch. across="bare": the paper's phi_k alone."""
     K = len(task.stage_table)
-    entered = torch.stack([stage.entry(state) for stage in task.stage_table[1:]], -1)  # (N, K - 1)
-    stage = (entered * torch.arange(1, K, device=entered.device)).amax(-1)  # (N,)
+    entered = [torch.ones_like(success), *(stage.entry(state) for stage in task.stage_table[1:])]
+    stage = (torch.stack(entered, -1) * torch.arange(K, device=success.device)).amax(-1)  # (N,)
     distances = torch.stack([stage.distance(state) for stage in task.stage_table], -1)  # (N, K)
     distance = distances.gather(-1, stage[:, None])[:, 0]  # (N,)
     length = torch.tensor([stage.length for stage in task.stage_table], device=distance.device)[stage]
     phi = stage_potential(distance, length, potential)
+    assert stage.shape == distance.shape == phi.shape == success.shape, "one number per env: anything else would broadcast"
     stage, distance = torch.where(success, K, stage), torch.where(success, 0.0, distance)
     phi = torch.where(success, 0.0 if across == "offset" else 1.0, phi)
     return {"stage": stage, "stage_distance": distance, "distances": distances, "potential": stage + phi if across == "offset" else phi}
@@ -495,8 +551,7 @@ class StageEnv:
         (env_id,) = env_ids(env_id)
         self.task, self.num_envs, self.backend, self.dense, self.render = TASKS[env_id], num_envs, backend, reward == "dense", render
         self.potential, self.across, self.image_size = potential, potential_across_stages, image_size
-        # ManiSkill settles SimplerEnv's scenes all at once: in a batch they begin and end together
-        self.terminate_on_success = terminate_on_success and not (self.task.grid and num_envs > 1)
+        self.terminate_on_success = terminate_on_success
         mani_skill.logger.setLevel(logging.ERROR)  # it warns of ManiSkill's own assets
         if backend == "cpu" and not full_meshes:
             light = light_assets()
@@ -504,11 +559,12 @@ class StageEnv:
             sapien.render.set_camera_shader_dir = lambda name: STOCK_SHADERS(str(light / "shaders" / name))
         PandaWristCam._sensor_configs = []  # no policy here sees through it
         WidowX250S.disable_self_collisions = True  # ManiSkill's asset has an .srdf for that; in SimplerEnv's own the fingers jam
-        gpu = f":{torch.cuda.current_device()}" if backend == "cuda" and torch.distributed.is_initialized() else ""
+        local = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""  # a process of a torchrun job has a GPU of its own
         env = scene_class(env_id, stock_camera, ood, render, image_size)(
             num_envs=num_envs, obs_mode="none" if not render else "rgb+segmentation" if self.task.grid else "rgb",
             control_mode=control_mode or self.task.arm.control_mode, reward_mode="normalized_dense" if self.dense else "none",
-            sim_backend=f"physx_{backend}{gpu}", render_backend="none" if not render else "gpu" if torch.cuda.is_available() else "cpu",
+            sim_backend=f"physx_{backend}{local * (backend == 'cuda')}",
+            render_backend="none" if not render else f"gpu{local}" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
         self.env = TimeLimitWrapper(env, max_episode_steps or self.task.max_episode_steps)
         self.base, self.next_seed = self.env.unwrapped, [seed + i for i in range(num_envs)]
@@ -600,6 +656,7 @@ class ProcessEnv(gym.Env):
 
     def __init__(self, env_id: str, index: int, seed: int, **kwargs):
         torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the script decides
         self.index, self.env = index, StageEnv(env_id, 1, "cpu", seed, **kwargs)
         obs, _ = self.env.reset()
         self.env.next_seed = [seed]
@@ -642,21 +699,31 @@ class StageVectorEnv:
         self.single_action_space = self.envs.single_action_space
 
     def reset(self, seed: int | list[int] | None = None) -> tuple[State, State]:
-        obs, infos = self.envs.reset(seed=seed)
+        obs, infos = self.ask(self.envs.reset, seed=seed)
         return self.tensors(obs), self.tensors(infos)
+
+    def ask(self, method: Callable, *inputs, **kwargs):
+        """Calls a method of all processes. Raises UserError when one of them is gone."""
+        try:
+            return method(*inputs, **kwargs)
+        except (EOFError, ConnectionError):
+            for process in self.envs.processes:
+                process.kill()
+            self.envs.closed = True
+            raise UserError("an env process died (memory full, or killed): lower --num-envs, and go on with --resume and the run's --output-dir") from None
 
     def step(self, actions: Tensor) -> tuple[State, Tensor, Tensor, Tensor, dict]:
         """actions: (N, A) in the env's own units. Returns observation, reward (N,), terminated (N,), truncated (N,), infos."""
-        obs, reward, *ends, infos = self.envs.step(actions.cpu().numpy())
+        obs, reward, *ends, infos = self.ask(self.envs.step, actions.cpu().numpy())
         terminated, truncated = (torch.from_numpy(x) for x in ends)
         infos = {**self.tensors(infos), "_final_info": terminated | truncated}
         return self.tensors(obs), torch.from_numpy(reward).float(), terminated, truncated, infos
 
     def set_next_seeds(self, seeds: list[int]) -> None:
-        self.envs.call("set_next_seed", seeds)
+        self.ask(self.envs.call, "set_next_seed", seeds)
 
     def expert_action(self, slip: Tensor) -> Tensor:
-        return torch.from_numpy(np.stack(self.envs.call("expert_action", slip)))
+        return torch.from_numpy(np.stack(self.ask(self.envs.call, "expert_action", slip)))
 
     def close(self) -> None:
         self.envs.close()
@@ -700,6 +767,8 @@ def make_envs(
         raise UserError(f"--num-envs must be at least 1, not {num_envs}")
     if get_task(env_id).grid and kwargs.get("reward") == "dense":
         raise UserError(f"{env_id} has no dense reward in ManiSkill: use --reward stare or sparse")
+    if get_task(env_id).grid and terminate_on_success and backend == "cuda" and num_envs > 1:
+        raise UserError(f"{env_id} trains with --backend cpu: on the GPU ManiSkill ends its episodes together, so success could not end one")
     if kwargs.get("render", True):
         check_world(env_id, full_meshes)
     kwargs |= {"terminate_on_success": terminate_on_success, "full_meshes": full_meshes}

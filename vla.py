@@ -9,8 +9,12 @@ Sequence: `<s>`, P patches, one proprioception token (tiny only), text, action t
 Architecture: openvla/openvla@c8f03f4 (prismatic/extern/hf) and timm's ViT names; written anew.
 """
 import contextlib
+import functools
+import json
 import math
 import re
+import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +23,8 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -80,11 +85,11 @@ def detokenize_actions(tokens: Tensor, stats: dict, n_bins: int = 256) -> Tensor
 
 
 def signed_gripper(stats: dict) -> dict:
-    """Statistics of OpenVLA's data for an env whose gripper command runs from -1 to 1: published ones leave the gripper unscaled (mask false), 0 closed and
-    1 open. So token value x decodes to 2 x - 1, as RL4VLA and SimplerEnv take it."""
+    """Action statistics of OpenVLA's data for an env whose gripper command runs from -1 to 1: published ones leave the gripper unscaled (mask false),
+    0 closed and 1 open. So token value x decodes to 2 x - 1, as RL4VLA and SimplerEnv take it. Its proprioception, of other robots, is left out."""
     action = stats["action"]
     rows = [(low, high, True) if scaled else (-3.0, 1.0, True) for low, high, scaled in zip(action["q01"], action["q99"], action["mask"])]
-    return {**stats, "action": dict(zip(("q01", "q99", "mask"), map(list, zip(*rows))))}
+    return {"action": dict(zip(("q01", "q99", "mask"), map(list, zip(*rows))))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,6 +372,8 @@ def prepare_training(model: OpenVLAForActionPrediction, lora_rank: int, gradient
     the backward pass of a model in training mode, which differs from evaluation mode in nothing else."""
     if lora_rank:
         add_lora(model, lora_rank)
+    else:
+        model.float()  # a step of 5e-5 is lost in bfloat16
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
     return [p for p in model.parameters() if p.requires_grad]
@@ -469,6 +476,71 @@ def model_folder(name: str) -> Path:
         with contextlib.suppress(Exception):  # of the hub, or of any layer of the network below it
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
     return folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where a folder holds no model, one of another kind, or one whose files have changed since they were written."""
+    if not (folder / "config.json").is_file():
+        raise ValueError("no checkpoint at that place: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
+    if damaged := damage(folder):
+        raise ValueError(f"damaged: {damaged}; a run keeps the checkpoint before this one beside it, as checkpoint.old")
+    model_type = dict(json.loads((folder / "config.json").read_text())).get("model_type")
+    if model_type != "openvla":
+        raise ValueError(f"a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file in a folder."""
+    sums = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name != "checksums.json":
+            with open(file, "rb") as content:
+                sums[file.name] = functools.reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: content.read(2**24), b""), 0)
+    return sums
+
+
+def damage(folder: Path) -> str:
+    """Names the files of a checkpoint that are not as they were written, by its checksums.json; "" where all are, or there is none."""
+    try:
+        written = dict(json.loads((folder / "checksums.json").read_text()))
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, TypeError):
+        return "checksums.json"
+    now = checksums(folder)
+    return ", ".join(name for name in written if now.get(name) != written[name])
+
+
+def recover(run: Path) -> None:
+    """Puts a run's checkpoint.old back in the place of its checkpoint where that is missing or damaged."""
+    if (run / "checkpoint.old").exists() and (not (run / "checkpoint").exists() or damage(run / "checkpoint")):
+        print(f"{run / 'checkpoint'} is missing or damaged: going on from the one before")
+        shutil.rmtree(run / "checkpoint", ignore_errors=True)
+        (run / "checkpoint.old").rename(run / "checkpoint")
+
+
+def write_state(folder: Path, state: dict, moments: dict[int, dict[str, Tensor]], adapted: nn.Module | None) -> None:
+    """What a run needs beside its model to go on, as training_state.safetensors: `state` as JSON, an optimiser's moments by the parameter's number, and
+    the LoRA matrices of `adapted`. Then checksums.json of the whole folder. Nothing in it has to be unpickled."""
+    tensors = {f"moments/{i}/{name}": x.contiguous() for i, row in moments.items() for name, x in row.items()}
+    tensors |= {f"adapter//{name}": p.detach().contiguous() for name, p in (adapted.named_parameters() if adapted else ()) if p.requires_grad}
+    save_file(tensors, folder / "training_state.safetensors", {"state": json.dumps(state)})
+    (folder / "checksums.json").write_text(json.dumps(checksums(folder)))
+
+
+def read_state(folder: Path) -> dict:
+    """What write_state has written: the entries of `state`, `moments` and `adapter`; {"damaged": why} where that cannot be read."""
+    try:
+        if damaged := damage(folder):
+            return {"damaged": f"damaged ({damaged})"}
+        with safe_open(folder / "training_state.safetensors", "pt") as file:
+            state = {**json.loads(file.metadata()["state"]), "moments": {}, "adapter": {}}
+            for key in file.keys():  # noqa: SIM118
+                kind, i, name = key.split("/")
+                (state["moments"].setdefault(int(i), {}) if kind == "moments" else state["adapter"])[name] = file.get_tensor(key)
+        return state
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return {"damaged": f"without a training state ({error})"}
 
 
 AutoConfig.register("openvla", OpenVLAConfig)

@@ -128,7 +128,7 @@ def invent_rollouts(init_seeds) -> list[dict]:
 def checkpoint(tmp_path_factory) -> Path:
     """Run folder with a checkpoint of the tiny model and a separator, not trained."""
     run, model = tmp_path_factory.mktemp("checkpoint"), tiny_model()
-    sft.save_checkpoint(run, *model, {"method": "SFT", "seed": 1, "env_id": "PickCube-v1"}, {}, {"separator": torch.nn.Linear(64, 4)})
+    sft.save_checkpoint(run, *model, {"method": "SFT", "seed": 1, "env_id": "PickCube-v1"}, {}, heads={"separator": torch.nn.Linear(64, 4)})
     return run
 
 

@@ -4,13 +4,13 @@ import json
 import shutil
 
 import pytest
-import torch
 from conftest import call, cli, needs_assets, write_demos
 
 import eval as evaluation
 import sft
 import sta_ppo
 import sta_tpo
+import vla
 from stare_utils import TASKS, UserError, make_envs, one_line_errors
 
 SCRIPTS = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo, "eval": evaluation}
@@ -41,7 +41,9 @@ def start(script, checkpoint) -> list:
 @pytest.fixture
 def copy(checkpoint, tmp_path):
     """A checkpoint that may be spoilt."""
-    return shutil.copytree(checkpoint / "checkpoint", tmp_path / "copy")
+    copy = shutil.copytree(checkpoint / "checkpoint", tmp_path / "copy")
+    (copy / "checksums.json").unlink()
+    return copy
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -88,8 +90,8 @@ def test_what_simplers_tasks_do_not_have(env_id, copy, refuses):
 @pytest.mark.parametrize("script", TRAINING)
 def test_resuming_another_scripts_run(script, checkpoint, tmp_path, refuses):
     shutil.copytree(checkpoint, tmp_path / "run")
-    torch.save({"script": "sta_other"}, tmp_path / "run/checkpoint/training_state.pt")
-    refuses(script, "holds a run of sta_other", *start(script, checkpoint), "--resume", output=tmp_path / "run")
+    vla.write_state(tmp_path / "run/checkpoint", {"script": "sta_other"}, {}, None)
+    refuses(script, "is of sta_other, not of", *start(script, checkpoint), "--resume", output=tmp_path / "run")
 
 
 def test_missing_assets_name_the_download(tmp_path):

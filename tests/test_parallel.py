@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, cli, invent_rollouts, write_demos
 
 import stare_utils
+import vla
 
 
 def torchrun(script, *args, cwd):
@@ -19,7 +20,7 @@ def torchrun(script, *args, cwd):
 
 def gradients(run) -> torch.Tensor:
     """All first moments of the optimiser: after one update a tenth of its gradients, clipped."""
-    state = torch.load(run / "checkpoint/training_state.pt", weights_only=False)["optimizer"]["state"]
+    state = vla.read_state(run / "checkpoint")["moments"]
     return torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)])
 
 
@@ -98,7 +99,7 @@ def test_a_dead_process_ends_the_job_in_a_line_and_leaves_a_checkpoint(tmp_path)
     lines = [line for line in died.stderr.splitlines() if line.startswith("error: ")]
     assert died.returncode != 0 and "sft.py\", line" not in died.stderr, "a traceback of ours beside torchrun's"
     assert len(lines) == 1 and "another process of this job died" in lines[0] and "--resume" in lines[0], died.stderr
-    assert torch.load(tmp_path / "run/checkpoint/training_state.pt", weights_only=False)["step"] == 3
+    assert vla.read_state(tmp_path / "run/checkpoint")["step"] == 3
     resumed = torchrun(ROOT / "sft.py", *args, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0 and "wrote " in resumed.stdout, resumed.stderr
 

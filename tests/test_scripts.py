@@ -17,7 +17,7 @@ K = len(TASK.stages)
 def written(run) -> dict:
     """args.json of a run's checkpoint, after a look at its other files."""
     files = {file.name for file in (run / "checkpoint").iterdir()}
-    assert {"config.json", "model.safetensors", "args.json", "training_state.pt"} <= files
+    assert {"config.json", "model.safetensors", "args.json", "training_state.safetensors"} <= files
     assert list(run.glob("events.out.tfevents.*"))
     return json.loads((run / "checkpoint/args.json").read_text())
 

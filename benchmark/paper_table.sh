@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The paper's comparison with the tiny VLA: eight methods on each task, from one SFT checkpoint of the task, at equal env-step budgets.
+#   SEEDS="1 2 3" STEPS=9600 METHODS="STA-TPO IPI" benchmark/paper_table.sh [ENV_ID ...]     # then: python benchmark/paper_table.py runs/*__paper
+# Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (128, the same ones) are
+# part of the budget of SFT-TPO-PPO and IPI: their PPO has what is left of STEPS. METHODS also knows STA-TPO-completed and STA-TPO-sum: other costs in the pairs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_WAIT_POLICY=PASSIVE
+PYTHON=${PYTHON:-.venv/bin/python}
+STEPS=${STEPS:-9600} EPISODES=(--num-eval-episodes 200 --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
+
+of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__paper"; }
+run() { echo "$(date -u +%H:%M:%S) $*"; "$PYTHON" "$@"; }
+# train METHOD SCRIPT CHECKPOINT ARGS...: a run and its evaluation
+train() {
+  RUN=$(of "$1")
+  [ -f "$RUN/results.json" ] && return
+  run "$2" --env-id "$ENV_ID" --seed "$SEED" --checkpoint "$3" --output-dir "$RUN" --resume --num-eval-episodes 0 "${@:4}"
+  run eval.py --checkpoint "$RUN" --method "$1" "${EPISODES[@]}"
+}
+# tpo METHOD ARGS...: the first one samples the roll-outs, the others train on the same
+tpo() {
+  mkdir -p "$(of "$1")"
+  [ -d "$(of "$1")/rollouts" ] || [ ! -d "$(of STA-TPO)/rollouts" ] || cp -r "$(of STA-TPO)/rollouts" "$(of STA-TPO)/source.txt" "$(of "$1")/"
+  train "$1" sta_tpo.py "$SFT" --num-initial-states 16 "${@:2}"
+}
+ppo() { train "$1" sta_ppo.py "$2" --total-timesteps "$3" --no-anneal-lr "${@:4}"; }
+left() { "$PYTHON" -c "import json; print($STEPS - json.load(open('$(of "$1")/checkpoint/args.json'))['env_steps'])"; }
+
+for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 PickCube-v1 PushCube-v1 PullCube-v1 PlaceSphere-v1 PegInsertionSide-v1
+  PutSpoonOnTableClothInScene-v1 StackGreenCubeOnYellowCubeBakedTexInScene-v1 PutEggplantInBasketScene-v1}; do
+  # one imitation for all seeds, the shipped one where there is one: what is compared comes after it
+  SEED=1 DIR=$(SEED=1 of SFT) SFT=checkpoints/${ENV_ID}__sft
+  if [ ! -d "$SFT" ]; then
+    SFT=$DIR
+    [ -f "$DIR/results.json" ] || run sft.py --env-id "$ENV_ID" --output-dir "$DIR" --resume --num-demos 400 --num-updates 1500 --num-eval-episodes 0
+  fi
+  [ -f "$DIR/results.json" ] || run eval.py --checkpoint "$SFT" --output-dir "$DIR" --method SFT "${EPISODES[@]}"
+  for SEED in ${SEEDS:-1 2 3}; do
+    for METHOD in ${METHODS:-STA-TPO TPO STA-PPO PPO PPO-dense SFT-TPO-PPO IPI}; do
+      case $METHOD in
+        STA-TPO) tpo STA-TPO ;;
+        TPO) tpo TPO --no-stage-aware --max-pairs-per-stage 24 ;;
+        STA-TPO-completed) tpo STA-TPO-completed --cost-margin 1e9 ;;
+        STA-TPO-sum) tpo STA-TPO-sum --cost-sum --cost-coef 0.01 ;; # a sum is some ten times a mean
+        STA-PPO) ppo STA-PPO "$SFT" "$STEPS" ;;
+        PPO) ppo PPO "$SFT" "$STEPS" --reward sparse ;;
+        PPO-dense) [[ $ENV_ID == *Scene-v1 ]] || ppo PPO-dense "$SFT" "$STEPS" --reward dense ;; # ManiSkill has none for SimplerEnv's tasks
+        SFT-TPO-PPO) ppo SFT-TPO-PPO "$(of TPO)" "$(left TPO)" --reward sparse ;;
+        IPI) ppo IPI "$(of STA-TPO)" "$(left STA-TPO)" ;;
+        *) echo "unknown method $METHOD" >&2; exit 2 ;;
+      esac
+    done
+  done
+done

@@ -1,0 +1,236 @@
+"""Faults that a night's run meets: killed processes, damaged files, numbers that are none, signals, two runs in one folder."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PPO, ROOT, call, differing, invent_rollouts, tiny_model, write_demos
+from safetensors.torch import load_file
+
+import sft
+import sta_ppo
+import sta_tpo
+import stare_utils
+import vla
+from stare_utils import UserError, make_envs
+
+SCRIPTS = ("sft", "sta_tpo", "sta_ppo")
+
+
+def begin(script, *args, cwd) -> subprocess.Popen:
+    """Starts `python script args`, in a process group of its own as a shell does."""
+    command = [sys.executable, ROOT / f"{script}.py", *args]
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+
+
+def command(script, checkpoint, folder: Path) -> list:
+    """Flags of a run of some updates with a save at each, on the simulator where the script needs it."""
+    if script == "sft":
+        demos = folder / "demos.h5"
+        return ["--demo-path", demos if demos.exists() else write_demos(demos), "--num-updates", 40, "--save-freq", 1, "--batch-size", 4,
+                "--num-eval-episodes", 0, "--no-cuda"]  # fmt: skip
+    if script == "sta_tpo":
+        return ["--checkpoint", checkpoint, "--num-initial-states", 2, "--rollouts-per-state", 4, "--num-envs", 2, "--batch-size", 2, "--num-epochs", 3,
+                "--save-freq", 1, "--num-eval-episodes", 0, "--no-cuda"]  # fmt: skip
+    return [*PPO, "--checkpoint", checkpoint, "--num-steps", 50, "--total-timesteps", 500, "--save-freq", 1, "--num-eval-episodes", 0]
+
+
+def put_rollouts(run: Path, num_states: int = 2) -> None:
+    """Invented roll-outs of the run's initial states, but for the last of each, which the run has to sample itself."""
+    states = np.random.default_rng(1).choice(stare_utils.TRAIN_SEEDS, num_states, replace=False)
+    (run / "rollouts").mkdir(parents=True)
+    for i, rollout in enumerate(invent_rollouts(states)):
+        if i % 4 < 3:
+            arrays = {name: np.asarray(value) for name, value in rollout.items()}
+            np.savez(run / f"rollouts/{states[i // 4]}_{i % 4}.npz", **arrays)
+
+
+def start_run(run: Path, script: str) -> list:
+    if script == "sta_tpo" and not run.exists():
+        put_rollouts(run)
+    return ["--output-dir", run, "--resume"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "kills"), [("sft", 7), ("sta_tpo", 6), ("sta_ppo", 7)])
+def test_a_run_killed_again_and_again_ends_like_one_that_never_was(script, kills, checkpoint, tmp_path):
+    flags, rng, landed = command(script, checkpoint, tmp_path), np.random.default_rng(0), 0
+    began = time.time()
+    undisturbed = begin(script, *flags, *start_run(tmp_path / "straight", script), cwd=tmp_path)
+    assert undisturbed.wait() == 0, undisturbed.stderr.read()
+    whole = time.time() - began
+    if script == "sta_tpo":  # sampled roll-outs depend on where a collection was stopped: kill it in its training, on the same ones
+        shutil.copytree(tmp_path / "straight/rollouts", tmp_path / "killed/rollouts")
+    for _ in range(kills):
+        run = begin(script, *flags, *start_run(tmp_path / "killed", script), cwd=tmp_path)
+        try:
+            run.wait(rng.uniform(0.1, 1) * whole)
+        except subprocess.TimeoutExpired:
+            landed += 1
+        run.kill()
+        run.communicate()
+    assert landed >= kills // 2  # most of them met a run at work
+    last = begin(script, *flags, *start_run(tmp_path / "killed", script), cwd=tmp_path)
+    assert last.wait() == 0, last.stderr.read()
+    assert differing(tmp_path / "straight/checkpoint", tmp_path / "killed/checkpoint") == []
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
+
+
+def wait_for(condition, run: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.time() + seconds
+    while not condition():
+        assert run.poll() is None and time.time() < deadline, run.communicate() if run.poll() is not None else "too slow"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_an_env_process_that_dies_ends_the_run_in_one_line(checkpoint, tmp_path):
+    """The run that goes on from its checkpoint ends like an undisturbed one."""
+    flags = command("sta_ppo", checkpoint, tmp_path)
+    run = begin("sta_ppo", *flags, "--output-dir", "out", cwd=tmp_path)
+    wait_for((tmp_path / "out/checkpoint").exists, run)
+    os.kill(max(descendants(run.pid), key=lambda pid: int(Path(f"/proc/{pid}/stat").read_text().split()[13])), signal.SIGKILL)  # the busiest: an env
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and [line for line in errors.splitlines() if line.startswith("error: an env process died")], errors
+    assert "Traceback" not in errors
+    again = begin("sta_ppo", *flags, "--output-dir", "out", "--resume", cwd=tmp_path)
+    assert again.wait() == 0, again.stderr.read()
+    straight = begin("sta_ppo", *flags, "--output-dir", "straight", cwd=tmp_path)
+    assert straight.wait() == 0 and differing(tmp_path / "straight/checkpoint", tmp_path / "out/checkpoint") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_update_end_and_saves_it(number, tmp_path):
+    flags = ["--demo-path", write_demos(tmp_path / "demos.h5"), "--num-updates", 10**6, "--save-freq", 10**6, "--batch-size", 4, "--no-cuda"]
+    run = begin("sft", *flags, "--output-dir", "out", cwd=tmp_path)
+    wait_for(lambda: any(file.stat().st_size > 1500 for file in (tmp_path / "out").glob("events*")), run)  # some fifty updates
+    assert not (tmp_path / "out/checkpoint").exists()
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + number and errors.splitlines()[-1].startswith("stopped; the last update is saved, go on with --resume"), errors
+    assert "Traceback" not in errors and sft.load_state(tmp_path / "out", "sft")["step"] > 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_env_processes_and_harms_none(checkpoint, tmp_path):
+    """A terminal sends it to the whole group."""
+    run = begin("sta_ppo", *command("sta_ppo", checkpoint, tmp_path), "--save-freq", 1000, "--total-timesteps", 10**6, "--output-dir", "out", cwd=tmp_path)
+    wait_for(lambda: any(file.stat().st_size > 1500 for file in (tmp_path / "out").glob("events*")), run)
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in errors and sta_ppo.load_state(tmp_path / "out", "sta_ppo")["iteration"] > 0, errors
+
+
+def test_a_signal_outside_an_update_acts_at_once(tmp_path):
+    code = "import time, stare_utils\nwith stare_utils.one_line_errors():\n  print('on', flush=True)\n  time.sleep(60)"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.readline()
+    run.terminate()
+    _, errors = run.communicate(timeout=20)
+    assert run.returncode == 143 and errors == "stopped; go on with --resume and the run's --output-dir\n"
+
+
+@pytest.fixture
+def two_saves(tmp_path):
+    """A run folder with a checkpoint of step 2 and, beside it, the one of step 1."""
+    for step in (1, 2):
+        sft.save_checkpoint(tmp_path / "run", *tiny_model(), {"n": step}, {"step": step, "script": "sft"})
+    return tmp_path / "run"
+
+
+def spoil_length(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def spoil_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [spoil_length, spoil_byte, Path.unlink], ids=["short", "byte", "gone"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.safetensors", "config.json", "args.json"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(name, spoil, two_saves, capsys):
+    assert vla.damage(two_saves / "checkpoint") == "" and sft.load_state(two_saves, "sft")["step"] == 2
+    spoil(two_saves / "checkpoint" / name)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        sta_ppo.load_policy(str(two_saves), torch.device("cpu"))
+    capsys.readouterr()
+    assert sft.load_state(two_saves, "sft")["step"] == 1 and "going on from the one before" in capsys.readouterr().out
+    assert sta_ppo.load_policy(str(two_saves), torch.device("cpu"))
+    spoil(two_saves / "checkpoint" / name)  # and now there is none before
+    with pytest.raises(UserError, match="damaged|without a training state"):
+        sft.load_state(two_saves, "sft")
+
+
+def test_nothing_in_a_checkpoint_is_unpickled():
+    for name in ("sft", "sta_tpo", "sta_ppo", "eval", "stare_utils", "vla"):
+        text = (ROOT / f"{name}.py").read_text()
+        assert not any(word in text for word in ("torch.load(", "torch.save(", "import pickle", "allow_pickle")), name
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: [])
+    monkeypatch.setattr(sta_tpo, "read_rollouts", lambda files: invent_rollouts([11, 22]))
+    flags = {"sft": ("--demo-path", write_demos(tmp_path / "demos.h5"), "--num-updates", 3, "--batch-size", 4),
+             "sta_tpo": ("--checkpoint", checkpoint, "--batch-size", 8),
+             "sta_ppo": (*PPO, "--checkpoint", checkpoint, "--total-timesteps", 50)}  # fmt: skip
+    for script, module in (("sft", sft), ("sta_tpo", sta_tpo), ("sta_ppo", sta_ppo)):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="not finite: .*The batch is in") as stopped:
+            logprob = module.action_logprob
+            patch.setattr(module, "action_logprob", lambda *inputs, f=logprob: (f(*inputs)[0] * torch.nan, *f(*inputs)[1:]))
+            call(module, *flags[script], "--output-dir", tmp_path / script, "--no-cuda", "--num-eval-episodes", 0)
+        assert "\n" not in str(stopped.value) and not (tmp_path / script / "checkpoint").exists()
+        batch = load_file(tmp_path / script / "nan_batch.safetensors")
+        assert batch["rgb"].dtype == torch.uint8 and len(batch["rgb"]) == len(batch["bins"]) > 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_in_one_folder(script, checkpoint, tmp_path):
+    """Another process that holds the folder is refused neither more nor less than by --resume and by a fresh start."""
+    (tmp_path / "run").mkdir()
+    code = f"import stare_utils, time; from pathlib import Path; stare_utils.lock_run(Path({str(tmp_path / 'run')!r})); print('in', flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    other.stdout.readline()
+    start = [] if script == "sft" else ["--checkpoint", checkpoint]
+    for resume in (["--resume"], []):
+        with pytest.raises(UserError, match="another process is at work in"):
+            call({"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo}[script], *start, "--output-dir", tmp_path / "run", "--no-cuda", *resume)
+    assert list((tmp_path / "run").iterdir()) == []
+    other.kill()
+    other.wait()
+    stare_utils.lock_run(tmp_path / "run")  # the lock went with it
+
+
+def test_a_damaged_rollout_is_named(tmp_path):
+    rollout = {name: np.asarray(value) for name, value in invent_rollouts([3])[0].items()}
+    np.savez(tmp_path / "3_0.npz", **rollout)
+    assert sta_tpo.read_rollouts([tmp_path / "3_0.npz"])[0]["init_seed"] == 3
+    for spoil in (spoil_length, spoil_byte):
+        np.savez(tmp_path / "3_0.npz", **rollout)
+        spoil(tmp_path / "3_0.npz")
+        with pytest.raises(UserError, match="3_0.npz is damaged .*: remove it"):
+            sta_tpo.read_rollouts([tmp_path / "3_0.npz"])
+
+
+def test_an_env_process_that_dies_is_one_line_in_every_method():
+    envs = make_envs("PickCube-v1", 2, seed=0, render=False)
+    envs.reset(seed=0)
+    envs.envs.processes[1].kill()
+    envs.envs.processes[1].join()
+    with pytest.raises(UserError, match="an env process died"):
+        for _ in range(3):  # the first step may still be written into a pipe that nobody reads
+            envs.step(torch.zeros(2, 7))
+    assert not any(process.is_alive() for process in envs.envs.processes[1:])
+    envs.close()
