@@ -16,7 +16,7 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -311,8 +311,7 @@ def main(args: Args) -> None:
         raise UserError("--vla needs --env-id, and --output-dir for the results")
     if not (args.vla or args.checkpoint):
         raise UserError("--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
-    if args.num_eval_episodes < 1:
-        raise UserError(f"--num-eval-episodes must be at least 1, not {args.num_eval_episodes}")
+    stare_utils.check_numbers(asdict(args), {"num_eval_episodes": 1, "num_envs": 1, "seed": 0})
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     model, processor, folder = load_policy(args.vla or args.checkpoint, device)
     env_ids = stare_utils.env_ids(args.env_id) if args.env_id else list(model.config.norm_stats)
@@ -326,7 +325,7 @@ def main(args: Args) -> None:
         check_instructions(model, processor, texts[env_id])
     output = Path(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
     output.mkdir(parents=True, exist_ok=True)
-    trained = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+    trained = dict(json.loads((folder / "args.json").read_text())) if (folder / "args.json").exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     for env_id in env_ids:
         start = time.time()

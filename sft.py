@@ -271,40 +271,43 @@ def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
 def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_utils.IMAGE_SIZE) -> tuple[torch.Tensor, ...]:
     """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A), geometry (M, 6) and stage labels (M,) of the first `num_demos` successful episodes
     of a ManiSkill .h5. Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera; their stage is -1,
-    unknown, for contact forces are not recorded. Raises UserError on a file of another env or control mode, without actions or without states."""
-    mode = TASKS[env_id].arm.control_mode
+    unknown, for contact forces are not recorded. Raises UserError on a file of another env or control mode, or one that does not hold what it should."""
+    mode, frames, env = TASKS[env_id].arm.control_mode, [], None
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
-        file = h5py.File(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} with {path.with_suffix('.json').name} beside it: {str(error).splitlines()[0]}") from None
-    if meta.get("env_info", {}).get("env_id") != env_id:
-        raise UserError(f"{path} holds {meta.get('env_info', {}).get('env_id')} demonstrations, not {env_id}")
-    episodes = [episode for episode in meta.get("episodes", []) if episode.get("success", True)][:num_demos]
-    if not episodes:
-        raise UserError(f"{path} holds no successful episode")
-    frames, env = [], None
-    with file:
-        for episode in tqdm(episodes, desc="read demonstrations", unit="episode", disable=None):
-            group = file.get(f"traj_{episode['episode_id']}", {})
-            if "actions" not in group:
-                raise UserError(f"{path} has no actions for episode {episode['episode_id']}: it is not a ManiSkill trajectory file")
-            if episode.get("control_mode") != mode:
-                raise UserError(f"{path} has control mode {episode.get('control_mode')}, {env_id} needs {mode}: convert it with "
-                                f"`python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -c {mode} --save-traj`")  # fmt: skip
-            if "geometry" in group:
-                rgb, proprio, where = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group["geometry"][:]
-            elif "env_states" in group:
-                env = env or stare_utils.StageEnv(env_id, 1, "cpu", 0, image_size=image_size)
-                env.reset(episode.get("episode_seed"))  # objects' sizes belong to the episode
-                states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[: len(group["actions"])]
-                seen = [env.observe_state(state) for state in states]
-                rgb, proprio, where = (np.concatenate([obs[name] for obs in seen]) for name in ("rgb", "proprio", "geometry"))
-            else:
-                raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
-            stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
-            stage[stage >= len(TASKS[env_id].stages)] = -1  # some episodes begin in success, which is no stage
-            frames.append((rgb, proprio, group.get("expert_actions", group["actions"])[:], where, stage))
+        if meta["env_info"]["env_id"] != env_id:
+            raise UserError(f"{path} holds {meta['env_info']['env_id']} demonstrations, not {env_id}")
+        episodes = [episode for episode in meta["episodes"] if episode.get("success", True)][:num_demos]
+        if not episodes:
+            raise UserError(f"{path} holds no successful episode")
+        with h5py.File(path) as file:
+            for episode in tqdm(episodes, desc="read demonstrations", unit="episode", disable=None):
+                group = file.get(f"traj_{episode['episode_id']}", {})
+                if "actions" not in group:
+                    raise UserError(f"{path} has no actions for episode {episode['episode_id']}: it is not a ManiSkill trajectory file")
+                if episode.get("control_mode") != mode:
+                    raise UserError(f"{path} has control mode {episode.get('control_mode')}, {env_id} needs {mode}: convert it with "
+                                    f"`python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -c {mode} --save-traj`")  # fmt: skip
+                actions = group.get("expert_actions", group["actions"])[:]
+                if "geometry" in group:
+                    rgb, proprio, where = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group["geometry"][:]
+                elif "env_states" in group:
+                    env = env or stare_utils.StageEnv(env_id, 1, "cpu", 0, image_size=image_size)
+                    env.reset(episode.get("episode_seed"))  # objects' sizes belong to the episode
+                    states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[: len(actions)]
+                    seen = [env.observe_state(state) for state in states]
+                    rgb, proprio, where = (np.concatenate([obs[name] for obs in seen]) for name in ("rgb", "proprio", "geometry"))
+                else:
+                    raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
+                stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
+                stage[stage >= len(TASKS[env_id].stages)] = -1  # some episodes begin in success, which is no stage
+                numbers = [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 6)]
+                if (len(actions) == 0 or rgb.shape != (len(actions), image_size, image_size, 3) or rgb.dtype != np.uint8 or stage.shape != (len(actions),)
+                        or any(x.shape != (len(actions), width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
+                    raise UserError(f"{path} episode {episode['episode_id']}: shapes that do not fit, or numbers that are none")
+                frames.append((rgb, proprio, actions, where, stage))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(f"cannot read {path} with {path.with_suffix('.json').name} beside it: {type(error).__name__} {str(error).splitlines()[:1]}") from None
     return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
 
 
@@ -320,9 +323,8 @@ def main(args: Args) -> None:
     start = time.time()
     env_ids = stare_utils.env_ids(args.env_id)
     args.env_id, paths = ",".join(env_ids), [Path(path) for path in args.demo_path.split(",") if path]
-    for name in ("num_envs", "num_demos", "num_updates", "batch_size", "chunk_size", "save_freq"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    sizes, others = ("num_envs", "num_demos", "num_updates", "batch_size", "chunk_size", "save_freq"), ("lora_rank", "num_eval_episodes", "seed")
+    stare_utils.check_numbers(asdict(args), dict.fromkeys(sizes, 1) | dict.fromkeys(others, 0))
     if paths and len(paths) != len(env_ids):
         raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")
     rank, world, device = join_processes(args.cuda)

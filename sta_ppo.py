@@ -382,10 +382,9 @@ def main(args: Args) -> None:
     if others:
         raise UserError("--env-id takes one task here; sft.py and eval.py take several")
     task = stare_utils.get_task(args.env_id)
-    least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "chunk_size", "save_freq"), 1)
-    for name, value in {**least, **dict.fromkeys(("lora_rank", "critic_warmup", "eval_freq", "num_eval_episodes"), 0)}.items():
-        if getattr(args, name) < value:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {value}, not {getattr(args, name)}")
+    sizes = ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "chunk_size", "save_freq")
+    others = ("lora_rank", "critic_warmup", "eval_freq", "num_eval_episodes", "seed")
+    stare_utils.check_numbers(asdict(args), dict.fromkeys(sizes, 1) | dict.fromkeys(others, 0))
     if args.stage_source == "learned" and (args.potential, args.potential_across_stages) != ("sigmoid", "offset"):
         raise UserError("--stage-source learned knows no distances, its Phi is k alone: leave out --potential and --potential-across-stages")
     (rank, world, device), threads = join_processes(args.cuda), torch.get_num_threads()

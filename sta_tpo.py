@@ -475,10 +475,8 @@ def main(args: Args) -> None:
     if others:
         raise UserError("--env-id takes one task here; sft.py and eval.py take several")
     task = stare_utils.get_task(args.env_id)
-    least = {name: 1 for name in ("num_envs", "num_initial_states", "max_pairs_per_stage", "num_epochs", "batch_size", "chunk_size", "save_freq")}
-    for name, value in {**least, "rollouts_per_state": 2, "lora_rank": 0}.items():
-        if getattr(args, name) < value:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {value}, not {getattr(args, name)}")
+    sizes = ("num_envs", "num_initial_states", "max_pairs_per_stage", "num_epochs", "batch_size", "chunk_size", "save_freq")
+    stare_utils.check_numbers(asdict(args), dict.fromkeys(sizes, 1) | {"rollouts_per_state": 2, "lora_rank": 0, "num_eval_episodes": 0, "seed": 0})
     if args.preferences and (args.export_pairs or not Path(args.preferences).is_file()):
         raise UserError(f"cannot read {args.preferences}: --preferences takes the pairs.jsonl of an earlier --export-pairs")
     if args.export_pairs and Path(args.export_pairs).is_dir() and any(Path(args.export_pairs).iterdir()):

@@ -105,6 +105,14 @@ def one_line_errors():
     print(f"error: {line}" if code == 2 else line, file=sys.stderr)
     sys.exit(code)
 
+def check_numbers(given: dict, least: dict[str, float]) -> None:
+    """Raises UserError where a number of the command line, by its argument's name, is below its least or not finite."""
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} must be a finite number, not {value}")
+        if name in least and value < least[name]:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
+
 def lock_run(folder: Path, held: dict[Path, int] = {}) -> None:  # noqa: B006  one for all calls: the locks that this process holds until it ends
     """Keeps other processes out of a run's folder. Raises UserError when one is in it."""
     if folder.resolve() not in held:

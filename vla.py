@@ -484,9 +484,16 @@ def check_folder(folder: Path) -> None:
         raise ValueError("no checkpoint at that place: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     if damaged := damage(folder):
         raise ValueError(f"damaged: {damaged}; a run keeps the checkpoint before this one beside it, as checkpoint.old")
-    model_type = dict(json.loads((folder / "config.json").read_text())).get("model_type")
-    if model_type != "openvla":
-        raise ValueError(f"a {model_type!r} model; these scripts train model_type 'openvla' (see vla.py)")
+    config = dict(json.loads((folder / "config.json").read_text()))
+    if config.get("model_type") != "openvla":
+        raise ValueError(f"a {config.get('model_type')!r} model; these scripts train model_type 'openvla' (see vla.py)")
+    for name, stats in (config.get("norm_stats") or {}).items():
+        rows = [stats["action"]["q01"], stats["action"]["q99"], stats["action"].get("mask", stats["action"]["q01"])]
+        width = config.get("proprio_dim")
+        if width and "proprio" in stats:
+            rows += [stats["proprio"]["mean"], stats["proprio"]["std"]]
+        if len({len(row) for row in rows[:3]}) > 1 or any(len(row) != width for row in rows[3:]) or not torch.tensor(sum(rows, [])).isfinite().all():
+            raise ValueError(f"norm_stats of {name} in config.json: lists of different lengths, or numbers that are none")
 
 
 def checksums(folder: Path) -> dict[str, int]:
