@@ -11,12 +11,15 @@ P(stage k completed | stage k-1 completed): it says where the episodes are lost.
 configurations: each is played once, a greedy repeat would be no new trial.
 Letters: N envs, T steps, K stages, A action dimensions, B batch, D hidden width.
 """
+import contextlib
+import io
 import json
 import math
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +36,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vla
 from stare_utils import EVAL_SEED, UserError, decode_stages, make_envs, segment_stages
+
+CURVES = ("charts/success_once", "charts/shaped_return", "losses/explained_variance", "losses/approx_kl", "losses/ce", "losses/token_accuracy",
+          "losses/action_l1", "losses/tpo_loss", "rewards/margins", "rewards/accuracies", "logps/chosen")  # fmt: skip  of summary.md
 
 
 @dataclass
@@ -304,6 +310,38 @@ def write_text(path: Path, text: str) -> None:
     path.with_name(path.name + ".tmp").replace(path)
 
 
+def write_summary(run: Path, name: str, row: dict, trained: dict, table: str) -> None:
+    """`summary.md` in a run's folder: the table, the curves of its TensorBoard files (curves.png), where the episodes are lost, beside the policy that it
+    began from where that is evaluated too (stages.png), commands and versions. Further results of the run (name) have a summary of their own."""
+    from matplotlib.figure import Figure  # a second of start-up, which training scripts do without
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    suffix, stages = name.removeprefix("results"), stare_utils.get_task(row["env_id"]).stages
+    before = Path(trained.get("checkpoint") or "none").parent / "results.json"
+    bars = {f"before: {old['method']}": old for old in ([read_results(str(before))] if before.is_file() else []) if old["env_id"] == row["env_id"]}
+    bars[row["method"]] = row
+    figure = Figure((6, 3), layout="constrained")
+    axis = figure.add_subplot(ylabel="episodes that completed it, %", ylim=(0, 100))
+    for i, (label, result) in enumerate(bars.items()):
+        axis.bar(np.arange(len(stages)) + 0.4 * i, 100 * np.array(result["stage_reach_rate"]), 0.38, label=label)
+    axis.set_xticks(np.arange(len(stages)), stages)
+    axis.legend()
+    figure.savefig(run / f"stages{suffix}.png")
+    events = EventAccumulator(str(run)).Reload()
+    shown = [key for key in CURVES if key in events.Tags()["scalars"]]
+    if shown:
+        figure = Figure((3 * len(shown), 2.4), layout="constrained")
+        for axis, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            axis.plot(*zip(*((event.step, event.value) for event in events.Scalars(key)), strict=True))
+            axis.set_title(key, fontsize=9)
+        figure.savefig(run / "curves.png")
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "mani_skill", "sapien", "numpy"))
+    text = f"# {row['method']} on {row['env_id']}\n\n```\n{table}```\n\n![stages](stages{suffix}.png)\n\n" + "![curves](curves.png)\n\n" * bool(shown)
+    text += f"Trained by `{trained.get('command', 'unknown')}` ({trained.get('env_steps')} env steps, {trained.get('wall_s')} s), evaluated by "
+    text += f"`{row['command']}` at commit {row['commit'] or 'unknown'}. Python {sys.version.split()[0]}, {versions}. Every flag: checkpoint/args.json.\n"
+    write_text(run / f"summary{suffix}.md", text)
+
+
 def main(args: Args) -> None:
     if args.compare:
         return print_table([read_results(path) for path in args.compare])
@@ -342,11 +380,14 @@ def main(args: Args) -> None:
                "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1), "ood": args.ood,
                "instructions": texts[env_id], "commit": commit, "command": " ".join(["python", *sys.argv])}  # fmt: skip
         write_text(output / f"{name}.json", json.dumps({**row, **result}))
-        print_table([{**row, **result}])
+        with contextlib.redirect_stdout(io.StringIO()) as table:
+            print_table([{**row, **result}])
+        print(table.getvalue(), end="")
+        write_summary(output, name, {**row, **result}, trained, table.getvalue())
         if separator is not None:
             print("learned separator against the rules: causal {causal_accuracy:.3f}, Viterbi {viterbi_accuracy:.3f} of {num_steps} steps right; boundaries "
                   "{boundary_error:.2f} steps off, {boundary_missed:.3f} of them missed or made up".format(**result["separator"]))  # fmt: skip
-        print(f"wrote {output / name}.json" + (f" and {video}" if video else ""))
+        print(f"wrote {output / name}.json, {output / name.replace('results', 'summary')}.md" + (f" and {video}" if video else ""))
 
 
 if __name__ == "__main__":

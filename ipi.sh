@@ -26,24 +26,43 @@ if [ "${SMOKE:-0}" = 1 ]; then
   EVAL=(--num-envs 2 --num-eval-episodes 2)
 fi
 
+folder() { echo "$RUNS/${ENV_ID}__$1__${SEED}__ipi"; }
+minutes() { echo "$(((SECONDS - $1) / 60)) min $(((SECONDS - $1) % 60)) s"; }
+
 # stage SCRIPT ARGS...: trains and evaluates, unless the results are there already
 stage() {
-  local script=$1 folder="$RUNS/${ENV_ID}__$1__${SEED}__ipi"
+  local script=$1 run begin=$SECONDS
+  run=$(folder "$1")
   shift
-  [ -f "$folder/results.json" ] && return
+  [ -f "$run/results.json" ] && return
   echo "== python $script.py $*"
-  .venv/bin/python "$script.py" --env-id "$ENV_ID" --seed "$SEED" --output-dir "$folder" --resume --num-eval-episodes 0 "$@"
-  .venv/bin/python eval.py --checkpoint "$folder" --capture-video "${EVAL[@]}"
+  .venv/bin/python "$script.py" --env-id "$ENV_ID" --seed "$SEED" --output-dir "$run" --resume --num-eval-episodes 0 "$@"
+  echo "== $script.py took $(minutes "$begin") here; evaluating"
+  begin=$SECONDS
+  .venv/bin/python eval.py --checkpoint "$run" --capture-video "${EVAL[@]}"
+  echo "== the evaluation took $(minutes "$begin") here; $run/summary.md"
 }
+
+echo "plan: $ENV_ID, training seed $SEED; about an hour in all on two CPU cores"
+for STEP in $STEPS; do
+  run=$(folder "$STEP") state=""
+  if [ -f "$run/results.json" ]; then state=" (done already, reused)"; elif [ -d "$run/checkpoint" ]; then state=" (begun, goes on)"; fi
+  case $STEP in
+    sft) what="imitation: the expert's demonstrations, cross-entropy" ;;
+    sta_tpo) what="preference: roll-outs of that policy, compared stage by stage" ;;
+    sta_ppo) what="interaction: PPO with the stage reward" ;;
+  esac
+  echo "  $STEP.py, then eval.py -> $run  $what$state"
+done
 
 RESULTS=() FROM=()
 for STEP in $STEPS; do
   case $STEP in sft) ARGS=("${SFT[@]}") ;; sta_tpo) ARGS=("${TPO[@]}") ;; sta_ppo) ARGS=("${PPO[@]}") ;; esac
   stage "$STEP" "${FROM[@]}" "${ARGS[@]}"
-  RUN="$RUNS/${ENV_ID}__${STEP}__${SEED}__ipi"
+  RUN=$(folder "$STEP")
   FROM=(--checkpoint "$RUN") RESULTS+=("$RUN/results.json")
 done
 
 echo
 .venv/bin/python eval.py --compare "${RESULTS[@]}"
-echo "videos: $RUNS/${ENV_ID}__*__${SEED}__ipi/video.mp4   curves: .venv/bin/tensorboard --logdir $RUNS"
+echo "table, curves, stages and commands of each run: $(folder '*')/summary.md   videos: video.mp4 there   TensorBoard: .venv/bin/tensorboard --logdir $RUNS"

@@ -169,7 +169,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, opt
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     processor.save_pretrained(new)
-    (new / "args.json").write_text(json.dumps(args, indent=1))
+    (new / "args.json").write_text(json.dumps({**args, "command": " ".join(["python", *sys.argv])}, indent=1))
     for name, head in heads.items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
     vla.write_state(new, state, optimizer.state_dict()["state"] if optimizer else {}, model if args.get("lora_rank") else None)

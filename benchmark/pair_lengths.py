@@ -1,6 +1,6 @@
 """Who wins a stage pair: the quicker or the slower roll-out?
 
-    python benchmark/pair_lengths.py runs/*__sta_tpo__*__ablation     # run folders of sta_tpo.py with their roll-outs
+    python benchmark/pair_lengths.py runs/*__sta-tpo__*__paper     # run folders of sta_tpo.py with their roll-outs
 
 For each task, stage and reason over all these runs: pairs, mean steps of the winners' and of the losers' segments, and the share of pairs whose winner
 took longer. Pairs as sta_tpo.py builds them with the run's own settings."""

@@ -49,14 +49,15 @@ def call(script, *args):
     script.main(tyro.cli(script.Args, args=[str(arg) for arg in args]))
 
 
-def tensors(checkpoint: Path) -> dict:
-    """All weights of a checkpoint folder, the value head's too."""
-    return {f"{file.name}/{name}": value for file in sorted(checkpoint.glob("*.safetensors")) for name, value in load_file(file).items()}
+def tensors(checkpoint: Path, state: bool = False) -> dict:
+    """All weights of a checkpoint folder, the value head's too; with `state` the optimiser's moments as well."""
+    files = [file for file in sorted(checkpoint.glob("*.safetensors")) if state or file.stem != "training_state"]
+    return {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
 
 
 def differing(a: Path, b: Path) -> list[str]:
-    """Names of the weights in which two checkpoints are not the same bit for bit."""
-    a, b = tensors(a), tensors(b)
+    """Names of the weights, and moments, in which two checkpoints are not the same bit for bit."""
+    a, b = tensors(a, True), tensors(b, True)
     assert a.keys() == b.keys() and a
     return [name for name in a if not torch.equal(a[name], b[name])]
 

@@ -37,7 +37,7 @@ def test_sta_tpo_starts_from_sft_at_ln_2_and_keeps_finished_rollouts(sft_run, tp
     assert curves["rewards/margins"][0] == pytest.approx(0, abs=1e-5)
     assert len(list((tpo_run / "rollouts").iterdir())) == 6 and args["env_steps"] > 37  # the invented four have 37 steps
     before, after = (tensors(run / "checkpoint") for run in (sft_run, tpo_run))
-    assert {name.split("/")[0] for name in before.keys() - after.keys()} == {"separator.safetensors"}  # it belongs to the SFT policy's features
+    assert {name.split("/")[0] for name in before.keys() - after.keys()} == {"separator.safetensors", "heads.safetensors"}  # SFT's own
     assert any(not torch.equal(before[name], value) for name, value in after.items())
 
 
@@ -93,6 +93,10 @@ def test_eval_writes_a_result_row_and_a_video(evaluated, ppo_run):
     assert all(episode["seed"] >= stare_utils.EVAL_SEED and episode["episode_len"] == 50 for episode in row["episodes"]) and len(row["episodes"]) == 2
     frames = imageio.v3.imread(ppo_run / "video.mp4")
     assert frames.shape == (50, 256, 512, 3) and frames.std() > 10
+    summary = (ppo_run / "summary.md").read_text()
+    assert evaluated.splitlines()[1] in summary and "Trained by `python " in summary and "torch 2" in summary
+    for picture in ("curves.png", "stages.png"):
+        assert picture in summary and imageio.v3.imread(ppo_run / picture).std() > 10
 
 
 def test_eval_compares_results_on_their_common_seeds(evaluated, ppo_run, workspace):
@@ -104,5 +108,6 @@ def test_eval_compares_results_on_their_common_seeds(evaluated, ppo_run, workspa
 def test_smoke_run_of_the_whole_pipeline_prints_a_table():
     done = subprocess.run(["./ipi.sh", "PickCube-v1"], cwd=ROOT, env={**os.environ, "SMOKE": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("here; ") == 6 and all(f"  {script}.py, then eval.py" in done.stdout for script in ("sft", "sta_tpo", "sta_ppo"))
     table = done.stdout.split("success_once")[-1]  # the last one compares all stages
     assert [line.split()[0] for line in table.splitlines()[1:4]] == ["SFT", "STA-TPO", "STA-PPO"]

@@ -1,7 +1,7 @@
-"""Table and plot of docs/ablation.md from the runs of benchmark/ablation.sh, nothing typed by hand.
+"""Tables and plot of docs/results.md from the runs of benchmark/paper_table.sh, nothing typed by hand.
 
-    python benchmark/ablation.py                       # writes docs/ablation.md's tables and docs/ablation.svg anew from docs/ablation.jsonl
-    python benchmark/ablation.py runs/*__ablation      # first adds these runs' rows (of the same method, task and seed the newer one counts)
+    python benchmark/paper_table.py                       # writes docs/results.md's tables and docs/results.svg anew from docs/results.jsonl
+    python benchmark/paper_table.py runs/*__paper      # first adds these runs' rows (of the same method, task and seed the newer one counts)
 
 A row is eval.py's result row, with `successes` (one 0 or 1 per evaluation seed) in place of the episodes and, for PPO, `curve`: [env steps, seconds of
 roll-outs and updates, success of the last 100 sampled training episodes, explained variance, deviation of the advantages, share that completed each
@@ -19,11 +19,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from stare_utils import TASKS
+
 DOCS = Path(__file__).parent.parent / "docs"
 METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan",
-           "PPO-dense": "tab:green", "STA-PPO": "tab:blue"}  # fmt: skip
+           "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple"}  # fmt: skip
+PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
-            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"))  # fmt: skip
+            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
+            ("TPO", "SFT-TPO-PPO"), ("STA-TPO", "IPI"), ("PPO", "IPI"), ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"))  # fmt: skip
 
 
 def row_of(run: Path) -> dict:
@@ -72,8 +76,27 @@ def table(env_id: str, methods: dict[str, list[dict]]) -> str:
     return "\n".join([f"**{env_id}**", "", *lines])
 
 
+def overview(tasks: dict[str, dict[str, list[dict]]]) -> str:
+    """Markdown: the paper's table, methods by tasks, success in percent (mean ± deviation over the training seeds), and the means over each simulator's
+    tasks, only where all of them have been run."""
+    simpler = [env_id for env_id in TASKS if TASKS[env_id].grid]
+    groups = {"ManiSkill3 mean": [env_id for env_id in TASKS if env_id not in simpler], "SimplerEnv mean": simpler}
+    cells = {(env_id, method): [100 * row["success_once"] for row in tasks.get(env_id, {}).get(method, [])] for env_id in TASKS for method in PAPER}
+
+    def text(once: list[float]) -> str:
+        return f"{np.mean(once):.1f}" + (f" ± {np.std(once, ddof=1):.1f}" if len(once) > 1 else " (1 seed)") if once else "not run"
+
+    def mean(members: list[str], method: str) -> str:
+        all_run = all(cells[env_id, method] for env_id in members)
+        return f"{np.mean([np.mean(cells[env_id, method]) for env_id in members]):.1f}" if all_run else "not run"
+
+    lines = [["", *PAPER], ["---"] * (len(PAPER) + 1), *([env_id, *(text(cells[env_id, method]) for method in PAPER)] for env_id in TASKS)]
+    lines += [[name, *(mean(members, method) for method in PAPER)] for name, members in groups.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
-    """docs/ablation.svg: sampled success of the PPOs while they train, by env steps and by wall time; greedy success at the end as points."""
+    """docs/results.svg: sampled success of the PPOs while they train, by env steps and by wall time; greedy success at the end as points."""
     tasks = {env_id: methods for env_id, methods in tasks.items() if len(methods) > 1}
     figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 3.4 * len(tasks)), squeeze=False, sharey="row")
     for row, (env_id, methods) in zip(axes, tasks.items()):
@@ -91,11 +114,11 @@ def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
             axis.set(xlabel=label, ylabel="success, %", title=env_id, ylim=(0, 100))
     axes[0, 1].legend(fontsize=6, loc="upper right")
     figure.tight_layout()
-    figure.savefig(DOCS / "ablation.svg", metadata={"Date": None})
+    figure.savefig(DOCS / "results.svg", metadata={"Date": None})
 
 
 def main(runs: list[str]) -> None:
-    file = DOCS / "ablation.jsonl"
+    file = DOCS / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     rows += [row_of(Path(run)) for run in runs if (Path(run) / "results.json").exists()]
     newest = {(row["env_id"], row["method"], row["seed"]): row for row in rows}
@@ -103,9 +126,9 @@ def main(runs: list[str]) -> None:
     tasks = defaultdict(lambda: defaultdict(list))
     for row in newest.values():
         tasks[row["env_id"]][row["method"]].append(row)
-    page = DOCS / "ablation.md"
+    page = DOCS / "results.md"
     before, _, rest = page.read_text().partition("<!-- tables -->\n")
-    tables = "\n\n".join(table(env_id, methods) for env_id, methods in sorted(tasks.items(), reverse=True))
+    tables = overview(tasks) + "\n\n" + "\n\n".join(table(env_id, methods) for env_id, methods in sorted(tasks.items(), reverse=True) if len(methods) > 1)
     page.write_text(f"{before}<!-- tables -->\n{tables}\n<!-- /tables -->{rest.partition('<!-- /tables -->')[2]}")
     plot(dict(sorted(tasks.items(), reverse=True)))
 
