@@ -664,7 +664,8 @@ class ProcessEnv(gym.Env):
 
     def __init__(self, env_id: str, index: int, seed: int, **kwargs):
         torch.set_num_threads(1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the script decides
+        if multiprocessing.parent_process():  # gymnasium makes one in the script itself, to look at
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the script decides
         self.index, self.env = index, StageEnv(env_id, 1, "cpu", seed, **kwargs)
         obs, _ = self.env.reset()
         self.env.next_seed = [seed]

@@ -117,6 +117,12 @@ def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
     figure.savefig(DOCS / "results.svg", metadata={"Date": None})
 
 
+def between(page: Path, mark: str, text: str) -> None:
+    """Puts a text between a page's two marks."""
+    before, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    page.write_text(f"{before}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{rest.partition(f'<!-- /{mark} -->')[2]}")
+
+
 def main(runs: list[str]) -> None:
     file = DOCS / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -126,10 +132,9 @@ def main(runs: list[str]) -> None:
     tasks = defaultdict(lambda: defaultdict(list))
     for row in newest.values():
         tasks[row["env_id"]][row["method"]].append(row)
-    page = DOCS / "results.md"
-    before, _, rest = page.read_text().partition("<!-- tables -->\n")
+    between(DOCS.parent / "README.md", "table", "\n".join(line for line in overview(tasks).splitlines() if line.count("not run") < len(PAPER)))
     tables = overview(tasks) + "\n\n" + "\n\n".join(table(env_id, methods) for env_id, methods in sorted(tasks.items(), reverse=True) if len(methods) > 1)
-    page.write_text(f"{before}<!-- tables -->\n{tables}\n<!-- /tables -->{rest.partition('<!-- /tables -->')[2]}")
+    between(DOCS / "results.md", "tables", tables)
     plot(dict(sorted(tasks.items(), reverse=True)))
 
 

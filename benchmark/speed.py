@@ -1,7 +1,7 @@
 """What a step costs here, against the usual ways: one table, docs/speed.jsonl and docs/speed.svg.
 
     python benchmark/speed.py                    # PickCube-v1, 8 envs; about ten minutes on two CPU cores, which must be idle otherwise
-    python benchmark/speed.py --no-growth        # without the plot of how cost grows
+    python benchmark/speed.py --no-growth        # without the plot of how cost grows; --compile: with torch.compile, which takes minutes to begin
 
 roll-out     sta_ppo.py's loop: sampled actions, 8 env processes, light meshes. Parts: physics = envs without rendering, rendering = what it adds,
              model = sample_action on the same observations, rest = what is left of the whole
@@ -39,6 +39,8 @@ class Args:
     """env steps per env in each measurement"""
     repeats: int = 3
     """measurements of each figure: the median is told"""
+    compile: bool = False
+    """measure sampling with torch.compile too: it takes minutes"""
     growth: bool = True
     """measure how cost grows too"""
 
@@ -224,8 +226,8 @@ def main(args: Args) -> None:
     full = median(lambda: timed(lambda: sample_action(model, inputs, torch.ones(7, dtype=torch.bool))), 9)
     generated = median(lambda: timed(lambda: generate(model, inputs)), 9)
     compiled = torch.compile(model, dynamic=True)
-    sample_action(compiled, inputs, rollout.active)  # compiles
-    sample_compiled = median(lambda: timed(lambda: sample_action(compiled, inputs, rollout.active)), 9)
+    compiling = timed(lambda: sample_action(compiled, inputs, rollout.active)) if args.compile else None
+    sample_compiled = median(lambda: timed(lambda: sample_action(compiled, inputs, rollout.active)), 9) if args.compile else None
     torch.set_num_threads(threads)
     row = {
         "env_id": args.env_id, "num_envs": args.num_envs, "device": str(device), "cores": threads, "parameters": params,
@@ -233,8 +235,10 @@ def main(args: Args) -> None:
         "steps_per_s_ppo_rgb": steps / peer,
         "share_physics": physics / whole, "share_rendering": (envs_only - physics) / whole, "share_model": model_only / whole,
         "share_rest": 1 - (envs_only + model_only) / whole, "sample_ms": 1000 * sample, "sample_all_7_ms": 1000 * full,
-        "generate_ms": 1000 * generated, "sample_compiled_ms": 1000 * sample_compiled, "command": " ".join(["python", *sys.argv]),
+        "generate_ms": 1000 * generated, "command": " ".join(["python", *sys.argv]),
     }  # fmt: skip
+    if args.compile:
+        row |= {"compile_s": compiling, "sample_compiled_ms": 1000 * sample_compiled}
     for key, value in row.items():
         print(f"{key:24s} {value:.3f}" if isinstance(value, float) else f"{key:24s} {value}")
     if args.growth:

@@ -20,7 +20,7 @@ import stare_utils
 import vla
 from stare_utils import UserError, make_envs
 
-SCRIPTS = ("sft", "sta_tpo", "sta_ppo")
+MODULES = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo}
 
 
 def begin(script, *args, cwd) -> subprocess.Popen:
@@ -114,7 +114,7 @@ def test_an_env_process_that_dies_ends_the_run_in_one_line(checkpoint, tmp_path)
     assert straight.wait() == 0 and differing(tmp_path / "straight/checkpoint", tmp_path / "out/checkpoint") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_lets_the_update_end_and_saves_it(number, tmp_path):
     flags = ["--demo-path", write_demos(tmp_path / "demos.h5"), "--num-updates", 10**6, "--save-freq", 10**6, "--batch-size", 4, "--no-cuda"]
     run = begin("sft", *flags, "--output-dir", "out", cwd=tmp_path)
@@ -184,23 +184,24 @@ def test_nothing_in_a_checkpoint_is_unpickled():
         assert not any(word in text for word in ("torch.load(", "torch.save(", "import pickle", "allow_pickle")), name
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["sft", "sta_tpo", pytest.param("sta_ppo", marks=pytest.mark.slow)])
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(script, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: [])
     monkeypatch.setattr(sta_tpo, "read_rollouts", lambda files: invent_rollouts([11, 22]))
     flags = {"sft": ("--demo-path", write_demos(tmp_path / "demos.h5"), "--num-updates", 3, "--batch-size", 4),
              "sta_tpo": ("--checkpoint", checkpoint, "--batch-size", 8),
              "sta_ppo": (*PPO, "--checkpoint", checkpoint, "--total-timesteps", 50)}  # fmt: skip
-    for script, module in (("sft", sft), ("sta_tpo", sta_tpo), ("sta_ppo", sta_ppo)):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="not finite: .*The batch is in") as stopped:
-            logprob = module.action_logprob
-            patch.setattr(module, "action_logprob", lambda *inputs, f=logprob: (f(*inputs)[0] * torch.nan, *f(*inputs)[1:]))
-            call(module, *flags[script], "--output-dir", tmp_path / script, "--no-cuda", "--num-eval-episodes", 0)
-        assert "\n" not in str(stopped.value) and not (tmp_path / script / "checkpoint").exists()
-        batch = load_file(tmp_path / script / "nan_batch.safetensors")
-        assert batch["rgb"].dtype == torch.uint8 and len(batch["rgb"]) == len(batch["bins"]) > 0
+    module = MODULES[script]
+    logprob = module.action_logprob
+    monkeypatch.setattr(module, "action_logprob", lambda *inputs: (logprob(*inputs)[0] * torch.nan, *logprob(*inputs)[1:]))
+    with pytest.raises(UserError, match="not finite: .*The batch is in") as stopped:
+        call(module, *flags[script], "--output-dir", tmp_path / "run", "--no-cuda", "--num-eval-episodes", 0)
+    assert "\n" not in str(stopped.value) and not (tmp_path / "run/checkpoint").exists()
+    batch = load_file(tmp_path / "run/nan_batch.safetensors")
+    assert batch["rgb"].dtype == torch.uint8 and len(batch["rgb"]) == len(batch["bins"]) > 0
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MODULES)
 def test_two_processes_in_one_folder(script, checkpoint, tmp_path):
     """Another process that holds the folder is refused neither more nor less than by --resume and by a fresh start."""
     (tmp_path / "run").mkdir()
@@ -210,7 +211,7 @@ def test_two_processes_in_one_folder(script, checkpoint, tmp_path):
     start = [] if script == "sft" else ["--checkpoint", checkpoint]
     for resume in (["--resume"], []):
         with pytest.raises(UserError, match="another process is at work in"):
-            call({"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo}[script], *start, "--output-dir", tmp_path / "run", "--no-cuda", *resume)
+            call(MODULES[script], *start, "--output-dir", tmp_path / "run", "--no-cuda", *resume)
     assert list((tmp_path / "run").iterdir()) == []
     other.kill()
     other.wait()
