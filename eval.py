@@ -37,8 +37,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import vla
 from stare_utils import EVAL_SEED, UserError, decode_stages, make_envs, segment_stages
 
-CURVES = ("charts/success_once", "charts/shaped_return", "losses/explained_variance", "losses/approx_kl", "losses/ce", "losses/token_accuracy",
-          "losses/action_l1", "losses/tpo_loss", "rewards/margins", "rewards/accuracies", "logps/chosen")  # fmt: skip  of summary.md
+CURVES = ("charts/success_once", "charts/shaped_return", "losses/explained_variance", "losses/ce", "losses/action_l1", "rewards/margins", "logps/chosen")
 
 
 @dataclass
@@ -216,47 +215,53 @@ def evaluate(
     instructions: tuple[str, ...] = (), video: Path | None = None, separator: torch.nn.Linear | None = None,
 ) -> dict:
     """Greedy evaluation on full episodes (no termination, no partial reset). A task with a grid of initial configurations has no more episodes than that.
-
     Returns `success_once`, `success_at_end`, `return`, `episode_len`, `furthest_stage` (means), `stage_reach_rate` (K,) = share of episodes that
-    completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows with seed,
-    success_once, success_at_end, return, episode_len, furthest_stage, stage_steps, and what the task reports at success. instructions: words given
-    to the policy, in turn; empty: the task's. video: where to write an mp4 of the first 16 episodes. separator: see compare_separator."""
+    completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows of the same with their
+    seed and what the task reports at success. instructions: words given to the policy, in turn; empty: the task's. video: where to write an mp4 of the
+    first 16 episodes. separator: see compare_separator."""
     stats, device, was_training = task_stats(model, env_id), next(model.parameters()).device, model.training
     task, active = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"])
-    num_episodes, texts = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,)
+    num_episodes, texts, rows, films, read = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,), [], [], []
     envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes, ood=ood,
                      image_size=processor.image_size)  # fmt: skip
-    N, K, names = envs.num_envs, envs.num_stages, (*task.stages, "done")
+    N, K, T, names, threads = envs.num_envs, envs.num_stages, task.max_episode_steps, (*task.stages, "done"), torch.get_num_threads()
     model.eval()
-    rows, films, read, threads = [], [], [], torch.get_num_threads()
     torch.set_num_threads(1)  # the env processes are the parallelism
     progress = tqdm(total=num_episodes, desc=f"evaluate {env_id}", unit="episode", disable=None)
+
+    def act(t: int, n: slice) -> torch.Tensor:
+        """Actions (n, A) of the envs n, in their own units. The other half computes meanwhile."""
+        words = [texts[(len(rows) + i) % len(texts)] for i in range(n.start, n.stop)]
+        bins, _, hidden = sample_action(model, processor(obs["rgb"][n], words, obs["proprio"][n], stats.get("proprio"), device), active, greedy=True)
+        if separator is not None:
+            stage_logprobs[t, n] = separator(hidden.float())[:, :K].log_softmax(-1).cpu()
+        stages[t, n], over[t, n] = info["stage"][n].cpu(), once[n]
+        return vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins)
+
     while len(rows) < num_episodes:
-        first = EVAL_SEED + 100_000 * seed + len(rows)
-        obs, info = envs.reset(seed=list(range(first, first + N)))
-        once, returns = torch.zeros(N, dtype=torch.bool), torch.zeros(N)
-        steps, film, reported = torch.zeros(N, K + 1, dtype=torch.long), [[] for _ in range(N)], {name: torch.full((N,), math.nan) for name in task.report}
-        labels = []  # (stage by the rules, the separator's log-probabilities, over yet) of each step
-        for _ in range(task.max_episode_steps):
-            inputs = processor(obs["rgb"], [texts[(len(rows) + i) % len(texts)] for i in range(N)], obs["proprio"], stats.get("proprio"), device)
-            bins, _, hidden = sample_action(model, inputs, active, greedy=True)
-            if separator is not None:
-                labels.append((info["stage"].cpu(), separator(hidden.float())[:, :K].log_softmax(-1).cpu(), once.clone()))
-            steps += torch.nn.functional.one_hot(info["stage"].cpu(), K + 1)
-            obs, reward, _, truncated, info = envs.step(vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins))
-            last_obs, info = (info["final_obs"], info["final_info"]) if truncated.all() else (obs, info)
-            success = info["success"].cpu()
+        obs, info = envs.reset(seed=[EVAL_SEED + 100_000 * seed + len(rows) + i for i in range(N)])
+        once, returns, film = torch.zeros(N, dtype=torch.bool), torch.zeros(N), [[] for _ in range(N)]
+        reported = {name: torch.full((N,), math.nan) for name in task.report}
+        # (T, N, ...): stage by the rules, the separator's log-probabilities, over yet
+        stages, stage_logprobs, over = torch.zeros(T, N, dtype=torch.long), torch.zeros(T, N, K), torch.zeros(T, N, dtype=torch.bool)
+        for _, n, now_obs, reward, _, truncated, now in envs.play(act, T):
+            last_obs, now = (now["final_obs"], now["final_info"]) if truncated.all() else (now_obs, now)
+            first = now["success"].cpu() & ~once[n]
             for name, values in reported.items():
-                values[success & ~once] = info[name].cpu()[success & ~once]
-            once, returns = once | success, returns + reward.cpu()
-            for i in range(N if video and len(films) < 16 else 0):
-                film[i].append(draw(last_obs["rgb"][i], names[info["stage"][i]], float(info["potential"][i]), bool(success[i])))
+                values[n] = torch.where(first, now[name].cpu(), values[n])
+            once[n], returns[n] = once[n] | first, returns[n] + reward.cpu()
+            for here, new in ((obs, now_obs), (info, now)):
+                for name in here.keys() & new.keys():
+                    here[name][n] = new[name]
+            for j in range(n.stop - n.start if video and len(films) < 16 else 0):
+                film[n.start + j].append(draw(last_obs["rgb"][j], names[now["stage"][j]], float(now["potential"][j]), bool(now["success"][j])))
+        steps = torch.nn.functional.one_hot(stages, K + 1).sum(0)
         for i in range(min(N, num_episodes - len(rows))):
-            rows.append({"seed": int(info["seed"][i]), "success_once": bool(once[i]), "success_at_end": bool(success[i]),
+            rows.append({"seed": int(info["seed"][i]), "success_once": bool(once[i]), "success_at_end": bool(info["success"][i]),
                          "return": float(returns[i]), "episode_len": int(info["elapsed_steps"][i]), "furthest_stage": int(info["furthest_stage"][i]),
                          "stage_steps": steps[i].tolist(), **{name: float(values[i]) for name, values in reported.items() if once[i]}})  # fmt: skip
             films.append(film[i])
-            read += [tuple(torch.stack([x[i] for x in column]) for column in zip(*labels, strict=True))] if labels else []
+            read += [(stages[:, i], stage_logprobs[:, i], over[:, i])] if separator is not None else []
             progress.update()
     progress.close()
     envs.close()
@@ -264,13 +269,18 @@ def evaluate(
     torch.set_num_threads(threads)
     if video:
         write_video(video, films[:16])
-    furthest = np.array([row["furthest_stage"] for row in rows])
+    return mean_rows(rows, K) | ({"separator": compare_separator(read, K)} if read else {})
+
+
+def mean_rows(rows: list[dict], num_stages: int) -> dict:
+    """What evaluate returns, from its rows."""
+    names, furthest = ("success_once", "success_at_end", "return", "episode_len", "furthest_stage"), np.array([row["furthest_stage"] for row in rows])
     return {
-        **{name: float(np.mean([row[name] for row in rows])) for name in ("success_once", "success_at_end", "return", "episode_len", "furthest_stage")},
-        "stage_reach_rate": [float((furthest > k).mean()) for k in range(K)],
-        "stage_steps": np.mean([row["stage_steps"][:K] for row in rows], 0).tolist(),
+        **{name: float(np.mean([row[name] for row in rows])) for name in names},
+        "stage_reach_rate": [float((furthest > k).mean()) for k in range(num_stages)],
+        "stage_steps": np.mean([row["stage_steps"][:num_stages] for row in rows], 0).tolist(),
         "episodes": rows,
-    } | ({"separator": compare_separator(read, K)} if read else {})  # fmt: skip
+    }
 
 
 def print_table(results: list[dict]) -> None:
@@ -311,21 +321,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_summary(run: Path, name: str, row: dict, trained: dict, table: str) -> None:
-    """`summary.md` in a run's folder: the table, the curves of its TensorBoard files (curves.png), where the episodes are lost, beside the policy that it
-    began from where that is evaluated too (stages.png), commands and versions. Further results of the run (name) have a summary of their own."""
+    """`summary.md` in a run's folder: the table, where the episodes are lost (stages.png), the curves of its TensorBoard files (curves.png), commands and
+    versions. Further results of the run (name) have a summary of their own."""
     from matplotlib.figure import Figure  # a second of start-up, which training scripts do without
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     suffix, stages = name.removeprefix("results"), stare_utils.get_task(row["env_id"]).stages
-    before = Path(trained.get("checkpoint") or "none").parent / "results.json"
-    bars = {f"before: {old['method']}": old for old in ([read_results(str(before))] if before.is_file() else []) if old["env_id"] == row["env_id"]}
-    bars[row["method"]] = row
     figure = Figure((6, 3), layout="constrained")
-    axis = figure.add_subplot(ylabel="episodes that completed it, %", ylim=(0, 100))
-    for i, (label, result) in enumerate(bars.items()):
-        axis.bar(np.arange(len(stages)) + 0.4 * i, 100 * np.array(result["stage_reach_rate"]), 0.38, label=label)
-    axis.set_xticks(np.arange(len(stages)), stages)
-    axis.legend()
+    figure.add_subplot(ylabel="episodes that completed it, %", ylim=(0, 100)).bar(stages, 100 * np.array(row["stage_reach_rate"]))
     figure.savefig(run / f"stages{suffix}.png")
     events = EventAccumulator(str(run)).Reload()
     shown = [key for key in CURVES if key in events.Tags()["scalars"]]

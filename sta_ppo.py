@@ -489,6 +489,20 @@ def main(args: Args) -> None:
     logprobs, env_rewards, rewards, potentials, next_potentials, values, final_values = (torch.zeros(T, N, device=device) for _ in range(7))
     terminated, done = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(2))
 
+    def act(t: int, n: slice) -> torch.Tensor:
+        """Actions (n, A) at step t of the envs n, in their own units. The other half computes meanwhile."""
+        for name, value in next_obs.items():
+            obs[name][t, n] = value[n]
+        # STARE: the stage of the state acted in, and its Phi
+        stages[t, n], potentials[t, n] = stage[n], phi[n]
+        member = nn.functional.one_hot(next_info["stage"][n].cpu(), K + 1)[:, :K]  # (n, K), by the rules
+        so_far["steps"][n] += member
+        so_far["costs"][n] += member * (next_info["stage_distance"][n].cpu()[:, None] / lengths)
+        bins[t, n], logprobs[t, n], hidden = sample_action(model, policy_inputs({name: value[n] for name, value in next_obs.items()}), active)
+        with torch.no_grad():
+            values[t, n] = value_head(hidden)
+        return vla.detokenize_actions(bins[t, n], stats["action"], model.config.n_action_bins)
+
     progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step",
                     disable=rank > 0 or None)  # fmt: skip
     while Stop.hold(iteration < args.num_iterations):
@@ -501,7 +515,9 @@ def main(args: Args) -> None:
             counts = torch.full((N,), whole if iteration % fresh == 0 else 0)
             for sums in so_far.values():
                 sums.zero_()
-        stage, phi = stage_of(next_obs, next_info)
+        next_obs = {name: value.clone() for name, value in next_obs.items()}  # from here on written in place, half by half
+        next_info = {name: next_info[name].clone() for name in ("stage", "stage_distance", "potential", "elapsed_steps")}
+        stage, phi = (x.clone() for x in stage_of(next_obs, next_info))
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * (1 - iteration / args.num_iterations if args.anneal_lr else 1)
         if iteration < args.critic_warmup:
@@ -510,37 +526,30 @@ def main(args: Args) -> None:
         # TRY NOT TO MODIFY: roll-out, in one torch thread: the env processes are the parallelism
         torch.set_num_threads(1)
         rows = []  # of the episodes that end in it
-        for t in range(T):
-            for name, value in next_obs.items():
-                obs[name][t] = value
-            # STARE: the stage of the state acted in, and its Phi
-            stages[t], potentials[t] = stage, phi
-            member = nn.functional.one_hot(next_info["stage"].cpu(), K + 1)[:, :K]  # (N, K), by the rules
-            so_far["steps"] += member
-            so_far["costs"] += member * (next_info["stage_distance"].cpu()[:, None] / lengths)
-            bins[t], logprobs[t], hidden = sample_action(model, policy_inputs(next_obs), active)
-            with torch.no_grad():
-                values[t] = value_head(hidden)
-            age = next_info["elapsed_steps"].cpu()  # of the episode
-            next_obs, reward, term, trunc, next_info = envs.step(vla.detokenize_actions(bins[t], stats["action"], model.config.n_action_bins))
-            env_rewards[t], terminated[t], done[t] = reward.to(device), term.to(device), (term | trunc).to(device)
-            stage, phi = stage_of(next_obs, next_info)
-            next_potentials[t] = phi
-            if (ended := next_info["_final_info"].to(device)).any():
-                # STARE: Phi of the true next state. At an episode's end `next_info` is already the new episode's
-                final, final_obs = next_info["final_info"], next_info["final_obs"]
-                next_potentials[t, ended] = stage_of(final_obs, final)[1][ended]
-                final_values[t, ended] = value_of({name: value[ended] for name, value in final_obs.items()})
+        for t, n, now_obs, reward, term, trunc, info in envs.play(act, T):
+            age = next_info["elapsed_steps"][n].cpu()  # of the episode
+            for here, now in ((next_obs, now_obs), (next_info, info)):
+                for name in here:
+                    here[name][n] = now[name]
+            env_rewards[t, n], terminated[t, n], done[t, n] = reward.to(device), term.to(device), (term | trunc).to(device)
+            stage[n], phi[n] = stage_of(now_obs, info)
+            next_potentials[t, n] = phi[n]
+            if (ended := info["_final_info"].to(device)).any():
+                # STARE: Phi of the true next state. At an episode's end `info` is already the new episode's
+                final, final_obs = info["final_info"], info["final_obs"]
+                next_potentials[t, n][ended] = stage_of(final_obs, final)[1][ended]
+                final_values[t, n][ended] = value_of({name: value[ended] for name, value in final_obs.items()})
             # STARE: the stage reward enters here; w = 0 leaves plain PPO
-            rewards[t] = reward_scale * env_rewards[t]
+            rewards[t, n] = reward_scale * env_rewards[t, n]
             if weight:
-                rewards[t] = shape_rewards(rewards[t], potentials[t], next_potentials[t], terminated[t], args.gamma, weight)
-            so_far["returns"] += torch.stack([env_rewards[t].cpu(), args.gamma**age * rewards[t].cpu()], -1)
-            for i in ended.nonzero()[:, 0].tolist():
+                rewards[t, n] = shape_rewards(rewards[t, n], potentials[t, n], next_potentials[t, n], terminated[t, n], args.gamma, weight)
+            so_far["returns"][n] += torch.stack([env_rewards[t, n].cpu(), args.gamma**age * rewards[t, n].cpu()], -1)
+            for j in ended.nonzero()[:, 0].tolist():
+                i = n.start + j
                 if counts[i] > 0:
-                    furthest, costs = int(final["furthest_stage"][i]), so_far["costs"][i] / so_far["steps"][i]  # NaN: the stage was never entered
-                    row = {"success_once": furthest == K, "success_at_end": bool(final["success"][i]), "episodic_return": so_far["returns"][i, 0],
-                           "shaped_return": so_far["returns"][i, 1], "episodic_length": final["elapsed_steps"][i], "furthest_stage": furthest}
+                    furthest, costs = int(final["furthest_stage"][j]), so_far["costs"][i] / so_far["steps"][i]  # NaN: the stage was never entered
+                    row = {"success_once": furthest == K, "success_at_end": bool(final["success"][j]), "episodic_return": so_far["returns"][i, 0],
+                           "shaped_return": so_far["returns"][i, 1], "episodic_length": final["elapsed_steps"][j], "furthest_stage": furthest}
                     rows.append({f"charts/{key}": float(value) for key, value in row.items()})
                     for k, name in enumerate(task.stages):
                         numbers = {"reached": furthest > k, "steps": so_far["steps"][i, k], "cost": costs[k]}

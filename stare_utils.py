@@ -87,6 +87,8 @@ def one_line_errors():
     try:
         return (yield)
     except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.kill()  # an env process would be asked to end, and waited for
         code, line = 128 + Stop.signals[-1], "stopped; " + "the last update is saved, " * Stop.leaving + "go on with --resume and the run's --output-dir"
     except (UserError, OSError, RuntimeError) as error:
         code, line = 2, next(iter(str(error).splitlines()), "")
@@ -100,8 +102,6 @@ def one_line_errors():
             line = f"cannot use {error.filename or 'the disk'}: {error.strerror}"
         elif not isinstance(error, UserError):
             raise
-    for process in multiprocessing.active_children():
-        process.kill()  # an env process would be asked to end, and waited for
     print(f"error: {line}" if code == 2 else line, file=sys.stderr)
     sys.exit(code)
 
@@ -620,6 +620,11 @@ class StageEnv:
             infos |= final
         return obs, reward, terminated, truncated, {**infos, "_final_info": done}
 
+    def play(self, act: Callable[[int, slice], Tensor], steps: int):
+        """Steps with the actions act(t, rows): yields t, rows and what `step` returns. One batch computes at once: there are no halves here."""
+        for t in range(steps):
+            yield t, slice(0, self.num_envs), *self.step(act(t, slice(0, self.num_envs)))
+
     def set_next_seeds(self, seeds: list[int]) -> None:
         """The seeds (N) of the episodes that begin when the present ones end."""
         self.next_seed = list(seeds)
@@ -696,52 +701,99 @@ class ProcessEnv(gym.Env):
 
 
 class StageVectorEnv:
-    """The same as a StageEnv of N, on a CPU: one process per env."""
+    """The same as a StageEnv of N, on a CPU: one process per env, in two halves that can take turns with a policy (`play`)."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs):
         # Processes are forked from a clean server that has imported what they need once. It must also import the running
         # script's heavy modules, because each process imports the script again.
         multiprocessing.set_forkserver_preload(["stare_utils", "mani_skill.envs", "tyro", "tqdm", "torch.utils.tensorboard", "vla", "peft", "imageio"])
         self.task, self.num_envs, self.num_stages = get_task(env_id), num_envs, len(get_task(env_id).stages)
-        self.envs = gym.vector.AsyncVectorEnv([lambda i=i: ProcessEnv(env_id, i, seed + i, **kwargs) for i in range(num_envs)], context="forkserver",
-                                              autoreset_mode=gym.vector.AutoresetMode.DISABLED)  # fmt: skip  StageEnv resets by itself
-        self.single_action_space = self.envs.single_action_space
+        self.rows = [slice(0, num_envs // 2), slice(num_envs // 2, num_envs)] if num_envs > 1 else [slice(0, 1)]
+        self.parts, seen = [], gym.Env()  # gymnasium makes one env in the script itself, to look at its spaces: once is enough
+
+        def maker(i: int, seen: gym.Env) -> Callable[[], gym.Env]:
+            return lambda: ProcessEnv(env_id, i, seed + i, **kwargs) if multiprocessing.parent_process() or not seen.action_space else seen
+
+        seen.action_space = None
+        for rows in self.rows:
+            makers = [maker(i, seen) for i in range(rows.start, rows.stop)]
+            disabled = gym.vector.AutoresetMode.DISABLED  # StageEnv resets itself
+            self.parts.append(gym.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode=disabled))
+            seen = gym.Env()
+            seen.observation_space, seen.action_space = self.parts[0].single_observation_space, self.parts[0].single_action_space
+        self.single_action_space = self.parts[0].single_action_space
 
     def reset(self, seed: int | list[int] | None = None) -> tuple[State, State]:
-        obs, infos = self.ask(self.envs.reset, seed=seed)
-        return self.tensors(obs), self.tensors(infos)
-
-    def ask(self, method: Callable, *inputs, **kwargs):
-        """Calls a method of all processes. Raises UserError when one of them is gone."""
-        try:
-            return method(*inputs, **kwargs)
-        except (EOFError, ConnectionError):
-            for process in self.envs.processes:
-                process.kill()
-            self.envs.closed = True
-            raise UserError("an env process died (memory full, or killed): lower --num-envs, and go on with --resume and the run's --output-dir") from None
+        seed = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        return self.join([self.result(x) for x in self.all("reset", lambda rows: (seed and seed[rows],))])
 
     def step(self, actions: Tensor) -> tuple[State, Tensor, Tensor, Tensor, dict]:
         """actions: (N, A) in the env's own units. Returns observation, reward (N,), terminated (N,), truncated (N,), infos."""
-        obs, reward, *ends, infos = self.ask(self.envs.step, actions.cpu().numpy())
-        terminated, truncated = (torch.from_numpy(x) for x in ends)
-        infos = {**self.tensors(infos), "_final_info": terminated | truncated}
-        return self.tensors(obs), torch.from_numpy(reward).float(), terminated, truncated, infos
+        return self.join([self.result(x) for x in self.all("step", lambda rows: (actions[rows].cpu().numpy(),))])
+
+    def play(self, act: Callable[[int, slice], Tensor], steps: int):
+        """Steps in which one half of the envs computes while the policy acts for the other. act(t, rows): the actions of these envs at step t. Yields
+        t, rows and what `step` returns, of these envs alone; act(t + 1, rows) is asked for when the next one is."""
+        for part, rows in zip(self.parts, self.rows, strict=True):
+            self.ask(part.step_async, act(0, rows).cpu().numpy())
+        for t in range(steps):
+            for part, rows in zip(self.parts, self.rows, strict=True):
+                yield t, rows, *self.result(self.ask(part.step_wait))
+                if t + 1 < steps:
+                    self.ask(part.step_async, act(t + 1, rows).cpu().numpy())
 
     def set_next_seeds(self, seeds: list[int]) -> None:
-        self.ask(self.envs.call, "set_next_seed", seeds)
+        self.all("call", lambda rows: ("set_next_seed", seeds))
 
     def expert_action(self, slip: Tensor) -> Tensor:
-        return torch.from_numpy(np.stack(self.ask(self.envs.call, "expert_action", slip)))
+        return torch.from_numpy(np.concatenate(self.all("call", lambda rows: ("expert_action", slip))))
 
     def close(self) -> None:
-        self.envs.close()
+        for part in self.parts:
+            part.close()
+
+    def all(self, name: str, inputs: Callable[[slice], tuple]) -> list:
+        """Calls a method of all processes at once; what each half returns."""
+        for part, rows in zip(self.parts, self.rows, strict=True):
+            self.ask(getattr(part, f"{name}_async"), *inputs(rows))
+        return [self.ask(getattr(part, f"{name}_wait")) for part in self.parts]
+
+    def ask(self, method: Callable, *inputs):
+        """Calls a method of a half's processes. Raises UserError when one of them is gone."""
+        try:
+            return method(*inputs)
+        except (EOFError, ConnectionError):
+            for part in self.parts:
+                part.closed = True
+                for process in part.processes:
+                    process.kill()
+            raise UserError("an env process died (memory full, or killed): lower --num-envs, and go on with --resume and the run's --output-dir") from None
+
+    @classmethod
+    def result(cls, found: tuple) -> tuple:
+        """What gymnasium returns of a reset or step, as tensors."""
+        obs, *numbers, infos = (cls.tensors(x) if isinstance(x, dict) else torch.from_numpy(x) for x in found)
+        if not numbers:
+            return obs, infos
+        reward, terminated, truncated = numbers
+        return obs, reward.float(), terminated, truncated, {**infos, "_final_info": terminated | truncated}
 
     @classmethod
     def tensors(cls, batch: dict) -> dict:
         """gymnasium reuses its arrays, so they are copied; keys that begin with _ are its masks."""
         return {name.replace("ended", "final"): cls.tensors(x) if isinstance(x, dict) else torch.from_numpy(np.array(x))
                 for name, x in batch.items() if name[0] != "_"}  # fmt: skip
+
+    def join(self, halves: list) -> tuple | dict | Tensor:
+        """Tuples, dicts and tensors of the halves as those of all envs. What one half has not, `final_obs` of no ended episode, is zeros."""
+        like = next(x for x in halves if x is not None)
+        if isinstance(like, tuple):
+            return tuple(map(self.join, map(list, zip(*halves, strict=True))))
+        if isinstance(like, dict):
+            names = dict.fromkeys(name for half in halves for name in half or ())
+            return {name: self.join([(half or {}).get(name) for half in halves]) for name in names}
+        sizes = [rows.stop - rows.start for rows in self.rows]
+        return torch.cat([like.new_zeros(n, *like.shape[1:]) if half is None else half for half, n in zip(halves, sizes, strict=True)])
 
 def check_world(env_id: str, full_meshes: bool = False) -> None:
     """Chooses the software driver where there is no GPU, makes the light meshes once, and raises UserError when the task is unknown, its assets

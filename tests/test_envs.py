@@ -1,4 +1,5 @@
 """The real simulator: what make_envs promises, the scripted expert, evaluation."""
+import functools
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -209,6 +210,7 @@ def test_evaluation_counts_success_and_stages_of_the_expert(evaluate, endless, m
         return vla.tokenize_actions(torch.cat([expert.act()[:1], HOLD[:1]]), STATS["action"]), None, None
 
     monkeypatch.setattr(evaluation, "sample_action", act)
+    monkeypatch.setattr(endless, "play", functools.partial(stare_utils.StageEnv.play, endless))  # all envs at once
     result = evaluate(*tiny_model(), "PickCube-v1", 3, 1, 2)
     rows = result["episodes"]
     assert [row["success_once"] for row in rows] == [row["success_at_end"] for row in rows] == [True, False, True]
@@ -241,3 +243,27 @@ def test_every_option_of_the_simulator_keeps_the_contract(options):
         assert (infos["potential"] <= 1).all()  # nothing is grasped in three steps
         assert (reward > 0).all() == (options.get("reward") == "dense") and (reward < 1).all() and not terminated.any()
     envs.close()
+
+
+def test_play_takes_the_same_steps_in_turns(envs):
+    """To the end of the episode: each half alone, as `step` takes all; the second half is asked for actions while the first one is at work."""
+    actions, asked = 0.5 * torch.randn(30, 2, 7, generator=torch.Generator().manual_seed(0)), []
+
+    def act(t, rows):
+        asked.append((t, rows.start))
+        return actions[t, rows]
+
+    envs.reset(seed=[5, 6])
+    halves = list(envs.play(act, 30))
+    assert asked == [(t, half) for t in range(30) for half in range(2)] and [(t, rows.start) for t, rows, *_ in halves] == asked
+    envs.reset(seed=[5, 6])
+    for t in range(30):
+        obs, reward, terminated, truncated, infos = envs.step(actions[t])
+        for _, rows, its_obs, *numbers, its_infos in halves[2 * t : 2 * t + 2]:
+            assert all(torch.equal(a[rows], b) for a, b in zip((reward, terminated, truncated), numbers))
+            assert all(torch.equal(obs[name][rows], its_obs[name]) for name in obs)
+            assert all(torch.equal(infos[name][rows], its_infos[name]) for name in ("stage", "potential", "seed", "_final_info"))
+            if t == 29:
+                assert its_infos["_final_info"].all()
+                assert torch.equal(infos["final_info"]["stage"][rows], its_infos["final_info"]["stage"])
+                assert torch.equal(infos["final_obs"]["rgb"][rows], its_infos["final_obs"]["rgb"])

@@ -232,10 +232,10 @@ def test_a_damaged_rollout_is_named(tmp_path):
 def test_an_env_process_that_dies_is_one_line_in_every_method():
     envs = make_envs("PickCube-v1", 2, seed=0, render=False)
     envs.reset(seed=0)
-    envs.envs.processes[1].kill()
-    envs.envs.processes[1].join()
+    envs.parts[1].processes[0].kill()
+    envs.parts[1].processes[0].join()
     with pytest.raises(UserError, match="an env process died"):
         for _ in range(3):  # the first step may still be written into a pipe that nobody reads
             envs.step(torch.zeros(2, 7))
-    assert not any(process.is_alive() for process in envs.envs.processes[1:])
+    assert not envs.parts[1].processes[0].is_alive()
     envs.close()

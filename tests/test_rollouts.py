@@ -1,4 +1,5 @@
 """What the scripts take from the simulator: PPO's buffer, roll-outs for pairs, demonstrations."""
+import functools
 import json
 import math
 
@@ -23,6 +24,7 @@ def ppo(checkpoint, envs, tmp_path, monkeypatch):
     """sta_ppo.main with the shared simulators, so without their start; returns the run folder."""
     monkeypatch.setattr(envs, "close", lambda: None)
     monkeypatch.setattr(sta_ppo, "make_envs", lambda *args, **kwargs: envs)
+    monkeypatch.setattr(envs, "play", functools.partial(stare_utils.StageEnv.play, envs))  # all envs at once, by `step`, which tests record
 
     def run(name, updates=1, steps=20, *args):
         call(sta_ppo, "--checkpoint", checkpoint, "--num-envs", 2, "--num-steps", steps, "--num-minibatches", 2, "--total-timesteps", 2 * steps * updates,
