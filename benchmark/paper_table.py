@@ -20,6 +20,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stare_utils import TASKS
+from vla import model_folder
 
 DOCS = Path(__file__).parent.parent / "docs"
 METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan",
@@ -33,6 +34,10 @@ COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", 
 def row_of(run: Path) -> dict:
     """The row of a run folder."""
     row = json.loads((run / "results.json").read_text())
+    folder, row["env_steps"] = run / "checkpoint", 0
+    while (folder / "args.json").exists():  # the env steps of all policies before it count too
+        args = json.loads((folder / "args.json").read_text())
+        row["env_steps"], folder = row["env_steps"] + args["env_steps"], model_folder(args.get("checkpoint") or "none")
     row["successes"] = "".join(str(int(episode["success_once"])) for episode in sorted(row.pop("episodes"), key=lambda episode: episode["seed"]))
     events = EventAccumulator(str(run)).Reload()
     if "charts/success_once" in events.Tags()["scalars"]:

@@ -1,4 +1,4 @@
-"""What a step costs here, against the usual ways: one table, docs/speed.jsonl and docs/speed.svg.
+"""What a step costs here, against the usual ways: the table of docs/speed.md, docs/speed.jsonl and docs/speed.svg.
 
     python benchmark/speed.py                    # PickCube-v1, 8 envs; about ten minutes on two CPU cores, which must be idle otherwise
     python benchmark/speed.py --no-growth        # without the plot of how cost grows; --compile: with torch.compile, which takes minutes to begin
@@ -227,8 +227,12 @@ def main(args: Args) -> None:
     }  # fmt: skip
     if args.compile:
         row |= {"compile_s": compiling, "sample_compiled_ms": 1000 * sample_compiled}
-    for key, value in row.items():
-        print(f"{key:24s} {value:.3f}" if isinstance(value, float) else f"{key:24s} {value}")
+    shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()}
+    table = "\n".join(["| what | figure |", "|---|---|", *(f"| `{key}` | {value} |" for key, value in shown.items())])
+    print(table)
+    page = DOCS / "speed.md"
+    before, rest = page.read_text().split("<!-- table -->\n")[0], page.read_text().split("<!-- /table -->")[1]
+    page.write_text(f"{before}<!-- table -->\n{table}\n<!-- /table -->{rest}")
     if args.growth:
         row["growth"] = growth(args, model, processor)
         plot(row["growth"])
