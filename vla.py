@@ -372,7 +372,7 @@ def prepare_training(model: OpenVLAForActionPrediction, lora_rank: int, gradient
     the backward pass of a model in training mode, which differs from evaluation mode in nothing else."""
     if lora_rank:
         add_lora(model, lora_rank)
-    else:
+    elif model.dtype.itemsize < 4:
         model.float()  # a step of 5e-5 is lost in bfloat16
     if gradient_checkpointing:
         model.activation_checkpointing_enable()

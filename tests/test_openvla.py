@@ -179,7 +179,7 @@ def test_a_model_that_the_hub_does_not_have(monkeypatch, tmp_path):
         raise ConnectionError(name)
 
     monkeypatch.setattr(vla, "snapshot_download", refuse)
-    with pytest.raises(stare_utils.UserError, match="no checkpoint at nobody/nothing"):
+    with pytest.raises(stare_utils.UserError, match="nobody/nothing cannot be loaded: no checkpoint at"):
         call(evaluation, "--vla", "nobody/nothing", "--env-id", "PickCube-v1", "--output-dir", tmp_path / "out")
     with pytest.raises(stare_utils.UserError, match="--vla needs --env-id"):
         call(evaluation, "--vla", "nobody/nothing")

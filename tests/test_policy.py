@@ -140,6 +140,7 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient(lo
 
 
 def test_lora_of_a_bfloat16_model_is_float32_and_merged_with_one_rounding(tmp_path):
+    assert {p.dtype for p in vla.prepare_training(two_towers()[0].bfloat16(), 0, False)} == {torch.float32}  # without LoRA all of it is
     model, processor = two_towers()
     model = model.bfloat16()
     params = vla.prepare_training(model, 2, False)
