@@ -135,7 +135,8 @@ def test_light_meshes_leave_joints_and_collisions_alone():
     assert size[light] < 0.5 * size[full]
 
 
-@pytest.mark.parametrize("env_id", ["PickCube-v1", needs_assets("PutEggplantInBasketScene-v1", slow=True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", ["PickCube-v1", needs_assets("PutEggplantInBasketScene-v1")])
 def test_light_shaders_draw_the_same_pixels(env_id, monkeypatch):
     assert "samplerBRDFLUT" not in (stare_utils.light_assets() / "shaders/minimal/gbuffer.frag").read_text()
     frames = []

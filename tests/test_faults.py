@@ -205,8 +205,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(script, chec
 def test_two_processes_in_one_folder(script, checkpoint, tmp_path):
     """Another process that holds the folder is refused neither more nor less than by --resume and by a fresh start."""
     (tmp_path / "run").mkdir()
-    code = f"import stare_utils, time; from pathlib import Path; stare_utils.lock_run(Path({str(tmp_path / 'run')!r})); print('in', flush=True); time.sleep(99)"
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    code = f"import fcntl, os, time; fcntl.flock(os.open({str(tmp_path / 'run')!r}, os.O_RDONLY), fcntl.LOCK_EX); print('in', flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)  # as stare_utils.lock_run
     other.stdout.readline()
     start = [] if script == "sft" else ["--checkpoint", checkpoint]
     for resume in (["--resume"], []):

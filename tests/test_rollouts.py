@@ -105,6 +105,7 @@ def test_chunks_and_gradient_checkpointing_change_no_gradient(ppo):
     assert whole["losses/grad_norm"][0] > 1e-3
 
 
+@pytest.mark.slow
 def test_an_episode_of_dense_reward_goes_on_after_success_and_pays_1_at_most(checkpoint, tmp_path, monkeypatch):
     seen, gae = {}, sta_ppo.compute_gae
 
