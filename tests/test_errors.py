@@ -197,7 +197,7 @@ def test_results_that_cannot_be_compared(tmp_path, refuses):
         ("PickCube-v1", "sft.py", ["--env-id", "PickCub-v1"], {}),
         pytest.param("--num-minibatches 7", "sta_ppo.py", ["--num-minibatches", 7], {}, marks=pytest.mark.slow),
         pytest.param("at least 2", "sta_tpo.py", ["--rollouts-per-state", 1], {}, marks=pytest.mark.slow),
-        pytest.param("no checkpoint at nowhere", "eval.py", ["--checkpoint", "nowhere"], {}, marks=pytest.mark.slow),
+        pytest.param("no checkpoint at that place", "eval.py", ["--checkpoint", "nowhere"], {}, marks=pytest.mark.slow),
         ("setup.sh", "sft.py", [], {"VK_ICD_FILENAMES": "/nonexistent.json", "VK_DRIVER_FILES": "/nonexistent.json"}),
     ],
     ids=["env", "sizes", "tpo", "checkpoint", "renderer"],
