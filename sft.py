@@ -302,13 +302,13 @@ def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_
                 stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
                 stage[stage >= len(TASKS[env_id].stages)] = -1  # some episodes begin in success, which is no stage
                 numbers = [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 6)]
-                if (len(actions) == 0 or rgb.shape != (len(actions), image_size, image_size, 3) or rgb.dtype != np.uint8 or stage.shape != (len(actions),)
-                        or any(x.shape != (len(actions), width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
+                if (len(actions) == 0 or rgb.ndim != 4 or (len(rgb), rgb.shape[3]) != (len(actions), 3) or rgb.dtype != np.uint8
+                        or stage.shape != (len(actions),) or any(x.shape != (len(actions), width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
                     raise UserError(f"{path} episode {episode['episode_id']}: shapes that do not fit, or numbers that are none")
                 frames.append((rgb, proprio, actions, where, stage))
+        return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"cannot read {path} with {path.with_suffix('.json').name} beside it: {type(error).__name__} {str(error).splitlines()[:1]}") from None
-    return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
 
 
 def action_stats(actions: torch.Tensor, env_id: str) -> dict:
