@@ -301,9 +301,9 @@ def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_
                     raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
                 stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
                 stage[stage >= len(TASKS[env_id].stages)] = -1  # some episodes begin in success, which is no stage
-                numbers = [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 6)]
-                if (len(actions) == 0 or rgb.ndim != 4 or (len(rgb), rgb.shape[3]) != (len(actions), 3) or rgb.dtype != np.uint8
-                        or stage.shape != (len(actions),) or any(x.shape != (len(actions), width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
+                T, numbers = len(actions), [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 6)]
+                if (T == 0 or rgb.ndim != 4 or (len(rgb), rgb.shape[3]) != (T, 3) or rgb.dtype != np.uint8 or stage.shape != (T,)
+                        or any(x.shape != (T, width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
                     raise UserError(f"{path} episode {episode['episode_id']}: shapes that do not fit, or numbers that are none")
                 frames.append((rgb, proprio, actions, where, stage))
         return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
