@@ -120,7 +120,7 @@ def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
     if key not in known:
         raise UserError(f"this checkpoint was trained on {', '.join(known) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
     if unnorm_key:
-        known[env_id] = vla.signed_gripper(known[unnorm_key])
+        known[env_id] = known[unnorm_key] if model.config.proprio_dim else vla.signed_gripper(known[unnorm_key])
     return known[env_id]
 
 
@@ -367,7 +367,9 @@ def main(args: Args) -> None:
     output = Path(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
     output.mkdir(parents=True, exist_ok=True)
     trained = dict(json.loads((folder / "args.json").read_text())) if (folder / "args.json").exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     for env_id in env_ids:
         start = time.time()
         known = (folder / "separator.safetensors").exists() and env_id in trained.get("env_id", "").split(",")

@@ -259,7 +259,7 @@ def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
     if key not in known:
         raise UserError(f"this checkpoint was trained on {', '.join(known) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
     if unnorm_key:
-        known[env_id] = vla.signed_gripper(known[unnorm_key])
+        known[env_id] = known[unnorm_key] if model.config.proprio_dim else vla.signed_gripper(known[unnorm_key])
     return known[env_id]
 
 
@@ -534,7 +534,7 @@ def main(args: Args) -> None:
             env_rewards[t, n], terminated[t, n], done[t, n] = reward.to(device), term.to(device), (term | trunc).to(device)
             stage[n], phi[n] = stage_of(now_obs, info)
             next_potentials[t, n] = phi[n]
-            if (ended := info["_final_info"].to(device)).any():
+            if (ended := info["_final_info"].cpu()).any():  # a mask there selects from tensors on either device
                 # STARE: Phi of the true next state. At an episode's end `info` is already the new episode's
                 final, final_obs = info["final_info"], info["final_obs"]
                 next_potentials[t, n][ended] = stage_of(final_obs, final)[1][ended]

@@ -238,7 +238,7 @@ def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
     if key not in known:
         raise UserError(f"this checkpoint was trained on {', '.join(known) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
     if unnorm_key:
-        known[env_id] = vla.signed_gripper(known[unnorm_key])
+        known[env_id] = known[unnorm_key] if model.config.proprio_dim else vla.signed_gripper(known[unnorm_key])
     return known[env_id]
 
 

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # The paper's comparison with the tiny VLA: eight methods on each task, from one SFT checkpoint of the task, at equal env-step budgets.
 #   SEEDS="1 2 3" STEPS=9600 METHODS="STA-TPO IPI" benchmark/paper_table.sh [ENV_ID ...]     # then: python benchmark/paper_table.py runs/*__paper
+# Another budget beside it: STEPS=65536 NAME=long. A machine with a GPU and many cores takes chains side by side, once the first line is done:
+#   METHODS= benchmark/paper_table.sh StackCube-v1
+#   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
 # Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (128, the same ones) are
 # part of the budget of SFT-TPO-PPO and IPI: their PPO has what is left of STEPS. METHODS also knows STA-TPO-completed and STA-TPO-sum: other costs in the pairs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
-STEPS=${STEPS:-9600} EPISODES=(--num-eval-episodes 200 --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
+STEPS=${STEPS:-9600} NAME=${NAME:-paper} EPISODES=(--num-eval-episodes 200 --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
 
-of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__paper"; }
+of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__$NAME"; }
 run() { echo "$(date -u +%H:%M:%S) $*"; "$PYTHON" "$@"; }
 # train METHOD SCRIPT CHECKPOINT ARGS...: a run and its evaluation
 train() {
@@ -37,7 +40,7 @@ for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 Pic
   fi
   [ -f "$DIR/results.json" ] || run eval.py --checkpoint "$SFT" --output-dir "$DIR" --method SFT "${EPISODES[@]}"
   for SEED in ${SEEDS:-1 2 3}; do
-    for METHOD in ${METHODS:-STA-TPO TPO STA-PPO PPO PPO-dense SFT-TPO-PPO IPI}; do
+    for METHOD in ${METHODS-STA-TPO TPO STA-PPO PPO PPO-dense SFT-TPO-PPO IPI}; do
       case $METHOD in
         STA-TPO) tpo STA-TPO ;;
         TPO) tpo TPO --no-stage-aware --max-pairs-per-stage 24 ;;
