@@ -641,7 +641,7 @@ class StageEnv:
     def observation(self, obs: dict) -> State:
         seen = {"proprio": torch.cat([self.state["tool"], self.state["quaternion"], self.state["opening"][:, None]], -1)}
         if self.render:
-            rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 1 if self.task.wide else 2)
+            rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 1 if self.task.wide else 2).to(self.base.device)
             if rgb.shape[1:3] != (self.image_size, self.image_size):  # SimplerEnv's 640 x 480, squeezed into a square as for OpenVLA
                 rgb = torch.nn.functional.interpolate(rgb.movedim(-1, 1).float(), [self.image_size] * 2, mode="bilinear", antialias=True).movedim(1, -1)
             seen["rgb"] = rgb.round().byte().contiguous()
