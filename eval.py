@@ -29,8 +29,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -94,23 +92,6 @@ def check_instructions(model, processor, texts: list[str]) -> None:
         length, room = len(processor.prompt_ids(text)), model.text_room()
         if length > room:
             raise UserError(f"the instruction {text[:40]!r}... has {length} tokens, the model has room for {room}: shorten it")
-
-
-def load_separator(folder: Path, env_id: str, device: torch.device):
-    """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
-    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none for this task."""
-    try:
-        for _ in range(9):  # policies before this one; no chain is longer
-            if not (folder / "separator.safetensors").exists():
-                folder = vla.model_folder(json.loads((folder / "args.json").read_text())["checkpoint"])
-        if env_id not in json.loads((folder / "args.json").read_text())["env_id"].split(","):
-            raise KeyError(env_id)
-        weights = load_file(folder / "separator.safetensors", device=str(device))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        raise UserError(f"no learned separator of {env_id} behind this policy: sft.py trains one on demonstrations that it makes itself") from None
-    separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
-    separator.load_state_dict(weights)
-    return folder, separator
 
 
 def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
@@ -373,7 +354,7 @@ def main(args: Args) -> None:
     for env_id in env_ids:
         start = time.time()
         known = (folder / "separator.safetensors").exists() and env_id in trained.get("env_id", "").split(",")
-        separator = load_separator(folder, env_id, device)[1] if known else None
+        _, separator = known and vla.load_separator(folder, env_id, device) or (None, None)
         # each task, --ood and other words have files of their own
         words = ["own_words"] if args.instruction else ["other_words"] * bool(texts[env_id])
         kinds = [env_id] * (len(model.config.norm_stats) > 1) + [args.ood] * (args.ood != "none") + words

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -235,23 +234,6 @@ def load_policy(checkpoint: str, device: torch.device):
         raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
 
 
-def load_separator(folder: Path, env_id: str, device: torch.device):
-    """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
-    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none for this task."""
-    try:
-        for _ in range(9):  # policies before this one; no chain is longer
-            if not (folder / "separator.safetensors").exists():
-                folder = vla.model_folder(json.loads((folder / "args.json").read_text())["checkpoint"])
-        if env_id not in json.loads((folder / "args.json").read_text())["env_id"].split(","):
-            raise KeyError(env_id)
-        weights = load_file(folder / "separator.safetensors", device=str(device))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        raise UserError(f"no learned separator of {env_id} behind this policy: sft.py trains one on demonstrations that it makes itself") from None
-    separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
-    separator.load_state_dict(weights)
-    return folder, separator
-
-
 def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
     """The normalisation statistics (`action`, `proprio`) of a task, which are from now on those of OpenVLA's data set `unnorm_key` where one is named.
     Raises UserError when the checkpoint was trained on others."""
@@ -351,10 +333,11 @@ def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
     return 0.5 * (logprob - ref_logprob).square().mean()
 
 
-def ppo_symptoms(first: dict, now: dict) -> list[str]:
-    """Lines that name what is wrong, from the logged scalars of the run's first complete round of episodes and of the present update."""
+def ppo_symptoms(first: dict, now: dict, gap: float = 0.05) -> list[str]:
+    """Lines that name what is wrong, from the logged scalars of the run's first complete round of episodes and of the present update. gap: by how many
+    nats rounding alone may part the log-probabilities of an action."""
     lines = []
-    if abs(now["losses/first_ratio"] - 1) > 0.01 or now["losses/rollout_update_logprob_gap"] > 0.05:
+    if abs(now["losses/first_ratio"] - 1) > gap / 5 or now["losses/rollout_update_logprob_gap"] > gap:
         lines.append("the ratio on the first minibatch is not 1: roll-out and update compute different log-probabilities (mode, dropout, padding or dtype)")
     if now["losses/entropy"] < 0.3 * first["losses/entropy"]:
         lines.append("the entropy has collapsed to less than a third: nothing new is tried any more; lower --learning-rate or add --kl-coef")
@@ -421,7 +404,9 @@ def main(args: Args) -> None:
     stats = task_stats(model, args.env_id, args.unnorm_key)
     set_seed(args.seed)
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
-    sft_folder, separator = load_separator(folder, args.env_id, device) if args.stage_source == "learned" else (None, None)
+    if not (learned := vla.load_separator(folder, args.env_id, device) if args.stage_source == "learned" else (None, None)):
+        raise UserError(f"no learned separator of {args.env_id} behind this policy: sft.py trains one on demonstrations that it makes itself")
+    sft_folder, separator = learned
     sft_model = separator and load_policy(sft_folder, device)[0]
     reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0]  # without its adapter LoRA's model is the first
     active = ~vla.constant_dims(stats["action"])
@@ -648,7 +633,7 @@ def main(args: Args) -> None:
             known = [row[key] for row in recent if not math.isnan(row[key])]
             scalars |= {key: float(np.mean(known))} if known else {}
         first = first or (scalars if iteration % fresh == 0 else {})  # the first complete round of episodes
-        for line in set(ppo_symptoms(first or scalars, scalars)) - warned:
+        for line in set(ppo_symptoms(first or scalars, scalars, 0.5 if model.dtype == torch.bfloat16 else 0.05)) - warned:
             print(f"warning: {line}")
             warned.add(line)
         progress.update(args.batch_size)

@@ -30,8 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
@@ -212,23 +211,6 @@ def load_policy(checkpoint: str, device: torch.device):
         return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
     except Exception as error:  # a file may hold anything
         raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
-
-
-def load_separator(folder: Path, env_id: str, device: torch.device):
-    """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
-    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. Raises UserError when there is none for this task."""
-    try:
-        for _ in range(9):  # policies before this one; no chain is longer
-            if not (folder / "separator.safetensors").exists():
-                folder = vla.model_folder(json.loads((folder / "args.json").read_text())["checkpoint"])
-        if env_id not in json.loads((folder / "args.json").read_text())["env_id"].split(","):
-            raise KeyError(env_id)
-        weights = load_file(folder / "separator.safetensors", device=str(device))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        raise UserError(f"no learned separator of {env_id} behind this policy: sft.py trains one on demonstrations that it makes itself") from None
-    separator = torch.nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
-    separator.load_state_dict(weights)
-    return folder, separator
 
 
 def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
@@ -490,7 +472,9 @@ def main(args: Args) -> None:
         raise UserError(f"{args.output_dir} was begun with --lora-rank = {begun}, not {args.lora_rank}: resume with the same")
     source = recorded or given or find_checkpoint(args.env_id, ("sft",))  # a resumed run keeps its roll-outs' policy
     model, processor, source = load_policy(source, device)
-    sft_folder, separator = load_separator(source, args.env_id, device) if args.stage_source == "learned" else (source, None)
+    if not (learned := vla.load_separator(source, args.env_id, device) if args.stage_source == "learned" else (source, None)):
+        raise UserError(f"no learned separator of {args.env_id} behind this policy: sft.py trains one on demonstrations that it makes itself")
+    sft_folder, separator = learned
     sft_model = model if sft_folder == source else load_policy(sft_folder, device)[0]
     stats = task_stats(model, args.env_id, args.unnorm_key)
     active = ~vla.constant_dims(stats["action"])

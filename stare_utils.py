@@ -572,7 +572,8 @@ class StageEnv:
             num_envs=num_envs, obs_mode="none" if not render else "rgb+segmentation" if self.task.grid else "rgb",
             control_mode=control_mode or self.task.arm.control_mode, reward_mode="normalized_dense" if self.dense else "none",
             sim_backend=f"physx_{backend}{local * (backend == 'cuda')}",
-            render_backend="none" if not render else f"gpu{local}" if torch.cuda.is_available() else "cpu",
+            # "cuda", but without ManiSkill's way over CUDA, which would cost each env process a context on the GPU, and so time and memory
+            render_backend="none" if not render else f"cuda_{backend}{local}" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
         self.env = TimeLimitWrapper(env, max_episode_steps or self.task.max_episode_steps)
         self.base, self.next_seed = self.env.unwrapped, [seed + i for i in range(num_envs)]
@@ -641,7 +642,7 @@ class StageEnv:
     def observation(self, obs: dict) -> State:
         seen = {"proprio": torch.cat([self.state["tool"], self.state["quaternion"], self.state["opening"][:, None]], -1)}
         if self.render:
-            rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 1 if self.task.wide else 2).to(self.base.device)
+            rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 1 if self.task.wide else 2)
             if rgb.shape[1:3] != (self.image_size, self.image_size):  # SimplerEnv's 640 x 480, squeezed into a square as for OpenVLA
                 rgb = torch.nn.functional.interpolate(rgb.movedim(-1, 1).float(), [self.image_size] * 2, mode="bilinear", antialias=True).movedim(1, -1)
             seen["rgb"] = rgb.round().byte().contiguous()
@@ -671,6 +672,7 @@ class ProcessEnv(gym.Env):
         torch.set_num_threads(1)
         if multiprocessing.parent_process():  # gymnasium makes one in the script itself, to look at
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the script decides
+            torch.cuda.synchronize = lambda: None  # ManiSkill calls it, and it would open a context: nothing here runs on CUDA
         self.index, self.env = index, StageEnv(env_id, 1, "cpu", seed, **kwargs)
         obs, _ = self.env.reset()
         self.env.next_seed = [seed]

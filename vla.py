@@ -24,7 +24,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -358,11 +358,26 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         return self.config.text_config.max_position_embeddings - 1 - self.num_prefix() - action_dims
 
 
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+class LowRank(nn.Linear):
+    """A LoRA matrix: float32 weights, multiplied in the precision of what comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 def add_lora(model: OpenVLAForActionPrediction, rank: int) -> None:
     """Freezes the model and adds trainable low-rank matrices (Hu et al. 2021; scale 1, B = 0 at the start) to every linear layer but the vocabulary's head.
-    They are float32 whatever the model is: a step of 1e-4 is lost in bfloat16."""
+    They are float32 whatever the model is: a step of 1e-4 is lost in bfloat16. What they compute is not: float32 products took as long as all the rest."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.endswith("lm_head")]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), model)
+    for layer in lora_layers(model):
+        layer.cast_input_dtype_enabled = False
+        for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+            matrix.__class__ = LowRank
     for p in model.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
 
@@ -382,7 +397,7 @@ def prepare_training(model: OpenVLAForActionPrediction, lora_rank: int, gradient
 @contextlib.contextmanager
 def lora_off(model: OpenVLAForActionPrediction):
     """Inside, the model is the one that `add_lora` was called on. Without LoRA nothing changes."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = lora_layers(model)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -494,6 +509,21 @@ def check_folder(folder: Path) -> None:
             rows += [stats["proprio"]["mean"], stats["proprio"]["std"]]
         if len({len(row) for row in rows[:3]}) > 1 or any(len(row) != width for row in rows[3:]) or not torch.tensor(sum(rows, [])).isfinite().all():
             raise ValueError(f"norm_stats of {name} in config.json: lists of different lengths, or numbers that are none")
+
+
+def load_separator(folder: Path, env_id: str, device: torch.device) -> tuple[Path, nn.Linear] | None:
+    """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
+    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. None where there is none for this task."""
+    try:
+        for _ in range(9):  # policies before this one; no chain is longer
+            if not (folder / "separator.safetensors").exists():
+                folder = model_folder(json.loads((folder / "args.json").read_text())["checkpoint"])
+        weights = load_file(folder / "separator.safetensors", device=str(device))
+        separator = nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
+        separator.load_state_dict(weights)
+        return (folder, separator) if env_id in json.loads((folder / "args.json").read_text())["env_id"].split(",") else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError):
+        return None
 
 
 def checksums(folder: Path) -> dict[str, int]:

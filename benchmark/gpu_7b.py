@@ -1,4 +1,5 @@
-"""What OpenVLA-7B's shape costs in these scripts: random weights, LoRA, gradient checkpointing, one GPU. Not run on a GPU yet.
+"""What OpenVLA-7B's shape costs in these scripts: random weights, LoRA, gradient checkpointing, one GPU. What docs/scale.md says was measured
+by it is in docs/gpu_7b.jsonl.
 
     python benchmark/gpu_7b.py                               # a table and gpu_7b.json
     python benchmark/gpu_7b.py --size small --batch-sizes 2  # the same lines on a CPU, to see that they run

@@ -9,6 +9,7 @@ import pytest
 import sapien
 import torch
 from conftest import STATS, TASK, needs_assets, tiny_model
+from mani_skill.envs.utils.system.backend import parse_sim_and_render_backend
 
 import eval as evaluation
 import sft
@@ -148,6 +149,20 @@ def test_light_shaders_draw_the_same_pixels(env_id, monkeypatch):
         frames.append(torch.cat([env.step(torch.full((1, 7), 0.02 * i))[0]["rgb"] for i in range(4)]))
         env.close()
     assert torch.equal(*frames) and frames[0].float().std() > 10
+
+
+@pytest.mark.parametrize("local_rank", ["", "1"])
+def test_a_gpu_draws_into_the_memory_of_the_env_process(local_rank, monkeypatch):
+    """ManiSkill would hand over tensors on the GPU. Its own word for that backend must not come out, and the device must be the process's own."""
+    devices, asked = [], {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sapien, "Device", lambda name: devices.append(name) or name)
+    monkeypatch.setattr(stare_utils, "scene_class", lambda *args: lambda **kwargs: asked.update(kwargs))
+    monkeypatch.setenv("LOCAL_RANK", local_rank) if local_rank else monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(TypeError):  # there is no env
+        stare_utils.StageEnv("PickCube-v1", 1, "cpu", 0)
+    backend = parse_sim_and_render_backend(asked["sim_backend"], asked["render_backend"])
+    assert backend.render_backend != "sapien_cuda" and backend.device.type == "cpu" and devices[-1] == "cuda" + f":{local_rank}" * bool(local_rank)
 
 
 def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):

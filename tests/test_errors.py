@@ -72,6 +72,12 @@ def test_instruction_longer_than_the_context(checkpoint, refuses, monkeypatch, t
     refuses("sft", "the model has room for", "--vla", checkpoint, "--demo-path", write_demos(tmp_path / "demos.h5"))
 
 
+@pytest.mark.parametrize("script", ["sta_tpo", "sta_ppo"])
+def test_a_policy_behind_which_there_is_no_separator(script, copy, refuses):
+    (copy / "separator.safetensors").unlink()
+    refuses(script, "no learned separator of PickCube-v1", "--checkpoint", copy, "--stage-source", "learned")
+
+
 def bridge_checkpoint(copy):
     """A checkpoint that says it knows SimplerEnv's carrot."""
     config = json.loads((copy / "config.json").read_text())

@@ -11,6 +11,7 @@ from conftest import TASK, call, invent_rollouts, prompt, scalars
 
 import sta_ppo
 import sta_tpo
+import vla
 from stare_utils import UserError, decode_stages
 
 ROLLOUTS = invent_rollouts([11, 22])
@@ -163,14 +164,14 @@ def test_pairs_of_the_learned_separator_know_no_distance(tpo, monkeypatch):
             separator.bias.copy_(-separator.weight @ torch.cat(hidden).mean(0))
         return folder, separator
 
-    pairs_of, load_separator = sta_tpo.build_stage_pairs, sta_tpo.load_separator
+    pairs_of, load_separator = sta_tpo.build_stage_pairs, vla.load_separator
     monkeypatch.setattr(sta_tpo, "build_stage_pairs", build)
-    monkeypatch.setattr(sta_tpo, "load_separator", centred)
+    monkeypatch.setattr(vla, "load_separator", centred)
     for rollout in ROLLOUTS:
         monkeypatch.setitem(rollout, "stage", rollout["stage"].clone())
         monkeypatch.setitem(rollout, "distance", rollout["distance"].clone())
     run = tpo("--stage-source", "learned")
-    folder, separator = sta_tpo.load_separator(Path((run / "source.txt").read_text()), "PickCube-v1", torch.device("cpu"))
+    folder, separator = vla.load_separator(Path((run / "source.txt").read_text()), "PickCube-v1", torch.device("cpu"))
     model, processor, _ = sta_tpo.load_policy(folder, torch.device("cpu"))
     with torch.no_grad():
         for rollout in seen["rollouts"]:

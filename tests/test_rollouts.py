@@ -148,11 +148,11 @@ def test_learned_stages_shape_the_reward_and_the_simulator_s_potential_is_not_re
     monkeypatch.setattr(envs, "reset", blind_reset)
     monkeypatch.setattr(envs, "step", blind_step)
     monkeypatch.setattr(sta_ppo, "shape_rewards", shape_and_record)
-    folder, separator = sta_ppo.load_separator(checkpoint / "checkpoint", "PickCube-v1", torch.device("cpu"))
+    folder, separator = vla.load_separator(checkpoint / "checkpoint", "PickCube-v1", torch.device("cpu"))
     model, processor, _ = sta_ppo.load_policy(folder, torch.device("cpu"))
     hidden_of = torch.no_grad()(lambda obs: model(**prompt(processor, obs), logits_to_keep=1).last_hidden_state[:, -1])
     separator.bias.data = -separator.weight @ hidden_of(reset(1)[0]).mean(0)  # an untrained one would see one stage everywhere
-    monkeypatch.setattr(sta_ppo, "load_separator", lambda *args: (folder, separator))
+    monkeypatch.setattr(vla, "load_separator", lambda *args: (folder, separator))
     run = ppo("run", 2, 20, "--stage-source", "learned", "--kl-coef", 0.5, "--lora-rank", 2, "--learning-rate", 0.01, "--no-anneal-lr")
     labels = [separator(hidden_of(obs)).argmax(-1).float() for obs in seen[1:22]]  # after the reset of the first roll-out
     assert len(torch.cat(labels).unique()) > 1
