@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,6 @@ class Arm:
 # ManiSkill scales the Panda's rotations by their lower bound, -0.1 rad. The WidowX is driven in its base's frame, turned by 180 degrees
 PANDA = Arm("panda_hand_tcp", "pd_ee_delta_pose", (0.1, 0.1, 0.1, -0.1, -0.1, -0.1), (1.0,) * 7)
 WIDOWX = Arm("ee_gripper_link", "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos", (-1, -1, 1, -1, -1, 1), (0.05,) * 3 + (0.3,) * 3 + (1.0,))
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -706,9 +706,8 @@ class StageVectorEnv:
     """The same as a StageEnv of N, on a CPU: one process per env, in two halves that can take turns with a policy (`play`)."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs):
-        # Processes are forked from a clean server that has imported what they need once. It must also import the running
-        # script's heavy modules, because each process imports the script again.
-        multiprocessing.set_forkserver_preload(["stare_utils", "mani_skill.envs", "tyro", "tqdm", "torch.utils.tensorboard", "vla", "peft", "imageio"])
+        # Processes are forked from a clean server that has imported what they need once
+        multiprocessing.set_forkserver_preload(["stare_utils", "mani_skill.envs"])
         self.task, self.num_envs, self.num_stages = get_task(env_id), num_envs, len(get_task(env_id).stages)
         self.rows = [slice(0, num_envs // 2), slice(num_envs // 2, num_envs)] if num_envs > 1 else [slice(0, 1)]
         self.parts, seen = [], gym.Env()  # gymnasium makes one env in the script itself, to look at its spaces: once is enough
@@ -719,8 +718,9 @@ class StageVectorEnv:
         seen.action_space = None
         for rows in self.rows:
             makers = [maker(i, seen) for i in range(rows.start, rows.stop)]
-            disabled = gym.vector.AutoresetMode.DISABLED  # StageEnv resets itself
-            self.parts.append(gym.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode=disabled))
+            # Processes would import the running script again, which takes longer than all that they need: it has no file now. StageEnv resets itself
+            with unittest.mock.patch.dict(vars(sys.modules["__main__"]), {"__file__": None, "__spec__": None}):
+                self.parts.append(gym.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode=gym.vector.AutoresetMode.DISABLED))
             seen = gym.Env()
             seen.observation_space, seen.action_space = self.parts[0].single_observation_space, self.parts[0].single_action_space
         self.single_action_space = self.parts[0].single_action_space

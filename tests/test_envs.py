@@ -1,8 +1,10 @@
 """The real simulator: what make_envs promises, the scripted expert, evaluation."""
 import functools
+import multiprocessing.spawn as spawn
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -163,6 +165,15 @@ def test_a_gpu_draws_into_the_memory_of_the_env_process(local_rank, monkeypatch)
         stare_utils.StageEnv("PickCube-v1", 1, "cpu", 0)
     backend = parse_sim_and_render_backend(asked["sim_backend"], asked["render_backend"])
     assert backend.render_backend != "sapien_cuda" and backend.device.type == "cpu" and devices[-1] == "cuda" + f":{local_rank}" * bool(local_rank)
+
+
+def test_env_processes_do_not_import_the_script_again(monkeypatch):
+    told = []
+    monkeypatch.setattr(gym.vector, "AsyncVectorEnv", lambda *args, **kwargs: told.append(spawn.get_preparation_data("env")))
+    with pytest.raises(AttributeError):  # there are no envs
+        stare_utils.StageVectorEnv("PickCube-v1", 2, 0)
+    assert told and not any(key.startswith("init_main") for key in told[0])
+    assert any(key.startswith("init_main") for key in spawn.get_preparation_data("another"))
 
 
 def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
