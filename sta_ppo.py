@@ -74,6 +74,8 @@ class Args:
     """form of phi_k: the paper's sigmoid(1 - d / L), rescaled, or max(0, 1 - d / L)"""
     potential_across_stages: Literal["offset", "bare"] = "offset"
     """offset: Phi = k + phi_k; bare: phi_k alone, as in the notes on the paper, but rescaled; it falls at each stage switch"""
+    silent_stages: str = ""
+    """stages, separated by commas, whose distance says nothing: Phi = k inside them, what they are worth is paid when they end (an ablation)"""
     stage_advantage: bool = False
     """normalise advantages within each stage instead of over the whole buffer"""
     stage_source: Literal["rules", "learned"] = "rules"
@@ -368,8 +370,10 @@ def main(args: Args) -> None:
     sizes = ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "chunk_size", "save_freq")
     others = ("lora_rank", "critic_warmup", "eval_freq", "num_eval_episodes", "seed")
     stare_utils.check_numbers(asdict(args), dict.fromkeys(sizes, 1) | dict.fromkeys(others, 0))
-    if args.stage_source == "learned" and (args.potential, args.potential_across_stages) != ("sigmoid", "offset"):
-        raise UserError("--stage-source learned knows no distances, its Phi is k alone: leave out --potential and --potential-across-stages")
+    if args.stage_source == "learned" and (args.potential, args.potential_across_stages, args.silent_stages) != ("sigmoid", "offset", ""):
+        raise UserError("--stage-source learned knows no distances, its Phi is k alone: leave out --potential, --potential-across-stages, --silent-stages")
+    if args.silent_stages and not (set(args.silent_stages.split(",")) <= set(task.stages) and args.potential_across_stages == "offset"):
+        raise UserError(f"--silent-stages takes some of {','.join(task.stages)}, and the offset potential")
     (rank, world, device), threads = join_processes(args.cuda), torch.get_num_threads()
     T, N = args.num_steps, args.num_envs
     if T * N % args.num_minibatches or T * N == 1:
@@ -410,6 +414,7 @@ def main(args: Args) -> None:
     sft_model = separator and load_policy(sft_folder, device)[0]
     reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0]  # without its adapter LoRA's model is the first
     active = ~vla.constant_dims(stats["action"])
+    silent = torch.tensor([name in args.silent_stages.split(",") for name in (*task.stages, "done")], device=device)  # (K + 1,)
     stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_ppo", rank)
     if not output.is_dir():
@@ -441,7 +446,8 @@ def main(args: Args) -> None:
     def stage_of(obs: dict, info: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Stage (N,) and Phi (N,) of states: by the rules, or as the learned separator sees them, step by step."""
         if separator is None:
-            return info["stage"].to(device), info["potential"].to(device)
+            stage, phi = info["stage"].to(device), info["potential"].to(device)
+            return stage, torch.where(silent[stage], stage, phi)
         hidden = sft_model(**policy_inputs(obs), logits_to_keep=1).last_hidden_state[:, -1]
         stage = separator(hidden.float())[:, :K].argmax(-1)
         return stage, stage.float()

@@ -78,6 +78,15 @@ def test_a_policy_behind_which_there_is_no_separator(script, copy, refuses):
     refuses(script, "no learned separator of PickCube-v1", "--checkpoint", copy, "--stage-source", "learned")
 
 
+@pytest.mark.parametrize(("words", "args"), [
+    ("some of reach,grasp,transport,place", ["--silent-stages", "reach,gasp"]),
+    ("the offset potential", ["--silent-stages", "reach", "--potential-across-stages", "bare"]),
+    ("knows no distances", ["--silent-stages", "reach", "--stage-source", "learned"]),
+])  # fmt: skip
+def test_stages_that_cannot_be_silent(words, args, checkpoint, refuses):
+    refuses("sta_ppo", words, "--checkpoint", checkpoint, *args)
+
+
 def bridge_checkpoint(copy):
     """A checkpoint that says it knows SimplerEnv's carrot."""
     config = json.loads((copy / "config.json").read_text())

@@ -34,7 +34,8 @@ def ppo(checkpoint, envs, tmp_path, monkeypatch):
     return run
 
 
-def test_ppo_shapes_and_bootstraps_with_the_true_next_state(ppo, envs, checkpoint, monkeypatch):
+@pytest.mark.parametrize("silent", ["", "reach", "grasp,place"])
+def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, ppo, envs, checkpoint, monkeypatch):
     """Env 0 acts as the expert and succeeds, env 1 waits until it is truncated; the roll-out goes on into their next episodes."""
     trace, seen, heads, step, reset, expert = [], {}, [], envs.step, envs.reset, ScriptedExpert(envs)
     sample_action, compute_gae = sta_ppo.sample_action, sta_ppo.compute_gae
@@ -66,7 +67,7 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(ppo, envs, checkpoin
         monkeypatch.setattr(sta_ppo, name, value)
     monkeypatch.setattr(envs, "reset", record_reset)
     monkeypatch.setattr(envs, "step", record_step)
-    ppo("run", 1, 36, "--shaping-weight", 0.5, "--gamma", 0.9)
+    ppo("run", 1, 36, "--shaping-weight", 0.5, "--gamma", 0.9, "--silent-stages", silent)
 
     head = RandomHead(64)
     head.load_state_dict(seen["head"])
@@ -76,14 +77,19 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(ppo, envs, checkpoin
     def value(obs):
         return head(model(**prompt(processor, obs), logits_to_keep=1).last_hidden_state[:, -1])
 
+    def potential(infos):
+        of_silent = torch.tensor([name in silent.split(",") for name in (*TASK.stages, "done")])[infos["stage"]]
+        return infos["potential"] * ~of_silent + infos["stage"] * of_silent
+
     infos = trace[0][1]
+    assert silent or all(torch.equal(potential(step[-1]), step[-1]["potential"]) for step in trace)
     for t, (obs, reward, terminated, truncated, next_infos) in enumerate(trace[1:37]):
         done = terminated | truncated
         assert torch.equal(seen["terminated"][t], terminated) and torch.equal(seen["done"][t], done)
-        phi, v = next_infos["potential"].clone(), value(obs)
+        phi, v = potential(next_infos), value(obs)
         if done.any():
-            phi[done], v[done] = next_infos["final_info"]["potential"][done], value(next_infos["final_obs"])[done]
-        expected = reward + 0.5 * (0.9 * phi * ~terminated - infos["potential"])
+            phi[done], v[done] = potential(next_infos["final_info"])[done], value(next_infos["final_obs"])[done]
+        expected = reward + 0.5 * (0.9 * phi * ~terminated - potential(infos))
         assert torch.allclose(seen["rewards"][t], expected, atol=1e-6), t
         assert torch.allclose(seen["next_values"][t], v, atol=1e-4), t
         infos = next_infos
