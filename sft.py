@@ -424,7 +424,7 @@ def main(args: Args) -> None:
                 print(f"update {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scalars.items()), flush=True)
             for key, value in scalars.items() if rank == 0 else ():
                 writer.add_scalar(key, value, step)
-        if rank == 0 and (Stop.asked() or step % args.save_freq == 0 or step == args.num_updates):
+        if (Stop.asked() or step % args.save_freq == 0 or step == args.num_updates) and rank == 0:
             state = {"script": "sft", "step": step, "history": torch.stack(history).tolist() if history else [], "wall_s": time.time() - start}
             info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(state["wall_s"], 1)}
             known = {"heads": heads, **({"separator": heads["separator"]} if all(labelled) else {})}

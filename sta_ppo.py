@@ -75,7 +75,7 @@ class Args:
     potential_across_stages: Literal["offset", "bare"] = "offset"
     """offset: Phi = k + phi_k; bare: phi_k alone, as in the notes on the paper, but rescaled; it falls at each stage switch"""
     silent_stages: str = ""
-    """stages, separated by commas, whose distance says nothing: Phi = k inside them, what they are worth is paid when they end (an ablation)"""
+    """stages, separated by commas, that pay only when they end: Phi = k inside them, nothing for their beginning or their distance (an ablation)"""
     stage_advantage: bool = False
     """normalise advantages within each stage instead of over the whole buffer"""
     stage_source: Literal["rules", "learned"] = "rules"
@@ -412,7 +412,8 @@ def main(args: Args) -> None:
         raise UserError(f"no learned separator of {args.env_id} behind this policy: sft.py trains one on demonstrations that it makes itself")
     sft_folder, separator = learned
     sft_model = separator and load_policy(sft_folder, device)[0]
-    reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0]  # without its adapter LoRA's model is the first
+    # Without its adapter LoRA's model is the first
+    reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0].to(model.dtype)
     active = ~vla.constant_dims(stats["action"])
     silent = torch.tensor([name in args.silent_stages.split(",") for name in (*task.stages, "done")], device=device)  # (K + 1,)
     stare_utils.check_world(args.env_id)
@@ -648,7 +649,7 @@ def main(args: Args) -> None:
         print(f"step {global_step}: success {scalars.get('charts/success_once', np.nan):.2f} length {scalars.get('charts/episodic_length', np.nan):.1f} "
               f"kl {scalars['losses/approx_kl']:.4f} clip {scalars['losses/clipfrac']:.2f} ev {scalars['losses/explained_variance']:.2f} "
               f"entropy {scalars['losses/entropy']:.1f} SPS {scalars['charts/SPS']:.0f}", flush=True)  # fmt: skip
-        if rank == 0 and (Stop.asked() or iteration % save_freq == 0 or iteration == args.num_iterations):
+        if (Stop.asked() or iteration % save_freq == 0 or iteration == args.num_iterations) and rank == 0:
             wall = time.time() - start
             method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
             state = {"script": "sta_ppo", "iteration": iteration, "recent": recent, "first": first, "source": str(source), "wall_s": wall}

@@ -608,7 +608,7 @@ def main(args: Args) -> None:
             print(f"warning: {line}")
             warned.add(line)
         progress.update()
-        if rank == 0 and (Stop.asked() or step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch):
+        if (Stop.asked() or step % args.save_freq == 0 or step == args.num_epochs * updates_per_epoch) and rank == 0:
             state = {"script": "sta_tpo", "step": step, "pairs": digest, "wall_s": time.time() - start}
             info = {**asdict(args), "checkpoint": str(source), "method": "STA-TPO" if args.stage_aware else "TPO", "env_steps": env_steps,
                     "wall_s": round(state["wall_s"], 1)}  # fmt: skip

@@ -75,8 +75,11 @@ class Stop:
 
     @classmethod
     def asked(cls) -> bool:
-        """Whether a signal has come: the loop then saves."""
-        cls.leaving = bool(cls.signals)
+        """Whether a signal has come, to any process of a data-parallel job, all of which must ask: the loop then saves."""
+        told = [bool(cls.signals)]
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(told := told * torch.distributed.get_world_size(), bool(cls.signals))
+        cls.leaving = any(told)
         return cls.leaving
 
 @contextlib.contextmanager
@@ -90,7 +93,8 @@ def one_line_errors():
     except KeyboardInterrupt:
         for process in multiprocessing.active_children():
             process.kill()  # an env process would be asked to end, and waited for
-        code, line = 128 + Stop.signals[-1], "stopped; " + "the last update is saved, " * Stop.leaving + "go on with --resume and the run's --output-dir"
+        code = 128 + (Stop.signals or [signal.SIGTERM])[-1]  # another process of the job has had it
+        line = "stopped; " + "the last update is saved, " * Stop.leaving + "go on with --resume and the run's --output-dir"
     except (UserError, OSError, RuntimeError) as error:
         code, line = 2, next(iter(str(error).splitlines()), "")
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in line:
@@ -154,7 +158,6 @@ class Stage:
     target: Callable[[State], Tensor]  # (N, 3): where the expert drives the tool during this stage
     gripper: Callable[[State], Tensor]  # (N,): what the expert commands the gripper, 1 opens, -1 closes
     turn: Callable[[State], Tensor] = lambda s: torch.zeros_like(s["tool"])  # (N, 3) rotation vector by which the expert turns the tool
-
 
 @dataclass(frozen=True)
 class Task:
@@ -537,15 +540,14 @@ def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool, image_s
         ours["rgb_overlay_mode"] = "none"  # SimplerEnv pastes a photograph behind the robot
     return type(env_id, (stock,), ours)
 
-
 class StageEnv:
     """A ManiSkill env with stage signals. Batched tensors in and out, same-step auto-reset: at an episode's end the observation and infos are the
     new episode's, and `final_obs`, `final_info` hold the ended one's, valid where `_final_info` (N,) is true.
 
     `reset(seed=s)` gives env i the seed s + i, a list is taken as it is; each later episode of an env has a seed of its own below TRAIN_SEEDS,
-    derived from the one before. Observations: `rgb` (N, H, W, 3) uint8, `proprio` (N, 8) float: tool position, tool quaternion (w, x, y, z), gripper
-    opening. Infos: `stage`, `furthest_stage`, `potential`, `stage_distance`, `success`, `seed`, `elapsed_steps` (N,), `geometry` (N, 6) and what the
-    task reports.
+    derived from the one before (but ManiSkill's GPU simulation draws it from its own stream). Observations: `rgb` (N, H, W, 3) uint8, `proprio`
+    (N, 8) float: tool position, tool quaternion (w, x, y, z), gripper opening. Infos: `stage`, `furthest_stage`, `potential`, `stage_distance`,
+    `success`, `seed`, `elapsed_steps` (N,), `distances` (N, K), `geometry` (N, 6) and what the task reports.
     """
 
     def __init__(
@@ -664,14 +666,13 @@ class StageEnv:
         unit, limit = (torch.tensor(x, dtype=torch.float32, device=stage.device) for x in (arm.unit, arm.limit))
         return torch.cat([torch.cat([target - s["command"], turn], -1) / unit, grip[:, None]], -1).clamp(-limit, limit)
 
-
 class ProcessEnv(gym.Env):
     """A StageEnv of one as gymnasium's AsyncVectorEnv wants it in a process: numpy, without the batch axis."""
 
     def __init__(self, env_id: str, index: int, seed: int, **kwargs):
-        torch.set_num_threads(1)
         if multiprocessing.parent_process():  # gymnasium makes one in the script itself, to look at
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the script decides
+            torch.set_num_threads(1)
+            os.setpgrp()  # Ctrl-C and torchrun's SIGTERM go to the script's whole group: it decides
             torch.cuda.synchronize = lambda: None  # ManiSkill calls it, and it would open a context: nothing here runs on CUDA
         self.index, self.env = index, StageEnv(env_id, 1, "cpu", seed, **kwargs)
         obs, _ = self.env.reset()
@@ -701,7 +702,6 @@ class ProcessEnv(gym.Env):
         rename = {"final_obs": "ended_obs"}  # gymnasium would leave that one unbatched
         return {rename.get(name, name): cls.first(x) if isinstance(x, dict) else x[0].numpy() for name, x in batch.items() if name != "_final_info"}
 
-
 class StageVectorEnv:
     """The same as a StageEnv of N, on a CPU: one process per env, in two halves that can take turns with a policy (`play`)."""
 
@@ -720,7 +720,7 @@ class StageVectorEnv:
             makers = [maker(i, seen) for i in range(rows.start, rows.stop)]
             # Processes would import the running script again, which takes longer than all that they need: it has no file now. StageEnv resets itself
             with unittest.mock.patch.dict(vars(sys.modules["__main__"]), {"__file__": None, "__spec__": None}):
-                self.parts.append(gym.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode=gym.vector.AutoresetMode.DISABLED))
+                self.parts.append(self.ask(gym.vector.AsyncVectorEnv, makers, context="forkserver", autoreset_mode=gym.vector.AutoresetMode.DISABLED))
             seen = gym.Env()
             seen.observation_space, seen.action_space = self.parts[0].single_observation_space, self.parts[0].single_action_space
         self.single_action_space = self.parts[0].single_action_space
@@ -760,15 +760,15 @@ class StageVectorEnv:
             self.ask(getattr(part, f"{name}_async"), *inputs(rows))
         return [self.ask(getattr(part, f"{name}_wait")) for part in self.parts]
 
-    def ask(self, method: Callable, *inputs):
+    def ask(self, method: Callable, *inputs, **kwargs):
         """Calls a method of a half's processes. Raises UserError when one of them is gone."""
         try:
-            return method(*inputs)
+            return method(*inputs, **kwargs)
         except (EOFError, ConnectionError):
             for part in self.parts:
                 part.closed = True
-                for process in part.processes:
-                    process.kill()
+            for process in multiprocessing.active_children():
+                process.kill()
             raise UserError("an env process died (memory full, or killed): lower --num-envs, and go on with --resume and the run's --output-dir") from None
 
     @classmethod
@@ -836,7 +836,6 @@ def make_envs(
         check_world(env_id, full_meshes)
     kwargs |= {"terminate_on_success": terminate_on_success, "full_meshes": full_meshes}
     return StageEnv(env_id, num_envs, backend, seed, **kwargs) if backend == "cuda" else StageVectorEnv(env_id, num_envs, seed, **kwargs)
-
 
 class ScriptedExpert:
     """Solves each task stage by stage from the simulator's state. `envs` is what make_envs returns."""

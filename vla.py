@@ -513,7 +513,7 @@ def check_folder(folder: Path) -> None:
 
 def load_separator(folder: Path, env_id: str, device: torch.device) -> tuple[Path, nn.Linear] | None:
     """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
-    to the stages' logits (B, K). Follows the chain of checkpoints back to sft.py's. None where there is none for this task."""
+    to the stages' logits (B, most stages of its tasks). Follows the chain of checkpoints back to sft.py's. None where there is none for this task."""
     try:
         for _ in range(9):  # policies before this one; no chain is longer
             if not (folder / "separator.safetensors").exists():

@@ -1,6 +1,8 @@
 """The real simulator: what make_envs promises, the scripted expert, evaluation."""
 import functools
 import multiprocessing.spawn as spawn
+import os
+import signal
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -174,6 +176,16 @@ def test_env_processes_do_not_import_the_script_again(monkeypatch):
         stare_utils.StageVectorEnv("PickCube-v1", 2, 0)
     assert told and not any(key.startswith("init_main") for key in told[0])
     assert any(key.startswith("init_main") for key in spawn.get_preparation_data("another"))
+
+
+def test_the_env_that_gymnasium_makes_in_the_script_leaves_the_script_as_it_was():
+    seen = lambda: (torch.get_num_threads(), os.getpgrp(), signal.getsignal(signal.SIGINT), torch.cuda.synchronize)  # noqa: E731
+    before, threads = seen(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    stare_utils.ProcessEnv("PickCube-v1", 0, 0).close()
+    after = seen()
+    torch.set_num_threads(threads)
+    assert after == (3, *before[1:])
 
 
 def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):

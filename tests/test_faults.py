@@ -127,13 +127,14 @@ def test_a_signal_lets_the_update_end_and_saves_it(number, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_the_env_processes_and_harms_none(checkpoint, tmp_path):
-    """A terminal sends it to the whole group."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_harms_no_env_process(number, checkpoint, tmp_path):
+    """A terminal sends Ctrl-C so, torchrun its SIGTERM."""
     run = begin("sta_ppo", *command("sta_ppo", checkpoint, tmp_path), "--save-freq", 1000, "--total-timesteps", 10**6, "--output-dir", "out", cwd=tmp_path)
     wait_for(lambda: any(file.stat().st_size > 1500 for file in (tmp_path / "out").glob("events*")), run)
-    os.killpg(run.pid, signal.SIGINT)
+    os.killpg(run.pid, number)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130 and "Traceback" not in errors and sta_ppo.load_state(tmp_path / "out", "sta_ppo")["iteration"] > 0, errors
+    assert run.returncode == 128 + number and "Traceback" not in errors and sta_ppo.load_state(tmp_path / "out", "sta_ppo")["iteration"] > 0, errors
 
 
 def test_a_signal_outside_an_update_acts_at_once(tmp_path):
