@@ -81,7 +81,7 @@ calls, whole = [], sft.sum_over_processes
 def sum_and_die(tensors):
     calls.append(1)
     if len(calls) == 4 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), {number})
     whole(tensors)
 sft.sum_over_processes = sum_and_die
 with stare_utils.one_line_errors():
@@ -94,7 +94,7 @@ def test_a_dead_process_ends_the_job_in_a_line_and_leaves_a_checkpoint(tmp_path)
     demos = write_demos(tmp_path / "demos.h5")
     args = ("--demo-path", demos, "--num-updates", 5, "--save-freq", 1, "--batch-size", 4, "--num-eval-episodes", 0, "--no-cuda",
             "--output-dir", tmp_path / "run")  # fmt: skip
-    (tmp_path / "dying.py").write_text(DYING.format(root=str(ROOT)))
+    (tmp_path / "dying.py").write_text(DYING.format(root=str(ROOT), number=9))
     died = torchrun(tmp_path / "dying.py", *args, cwd=tmp_path)
     lines = [line for line in died.stderr.splitlines() if line.startswith("error: ")]
     assert died.returncode != 0 and "sft.py\", line" not in died.stderr, "a traceback of ours beside torchrun's"
@@ -102,6 +102,15 @@ def test_a_dead_process_ends_the_job_in_a_line_and_leaves_a_checkpoint(tmp_path)
     assert vla.read_state(tmp_path / "run/checkpoint")["step"] == 3
     resumed = torchrun(ROOT / "sft.py", *args, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0 and "wrote " in resumed.stdout, resumed.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_lets_all_save_and_leave(tmp_path):
+    (tmp_path / "dying.py").write_text(DYING.format(root=str(ROOT), number=15))
+    stopped = torchrun(tmp_path / "dying.py", "--demo-path", write_demos(tmp_path / "demos.h5"), "--num-updates", 100, "--save-freq", 100, "--batch-size", 4,
+                       "--num-eval-episodes", 0, "--no-cuda", "--output-dir", tmp_path / "run", cwd=tmp_path)  # fmt: skip
+    assert stopped.returncode != 0 and stopped.stderr.count("stopped; the last update is saved") == 2 and "another process" not in stopped.stderr
+    assert vla.read_state(tmp_path / "run/checkpoint")["step"] == 4
 
 
 @pytest.mark.parametrize(
