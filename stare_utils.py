@@ -767,8 +767,8 @@ class StageVectorEnv:
         except (EOFError, ConnectionError):
             for part in self.parts:
                 part.closed = True
-            for process in multiprocessing.active_children():
-                process.kill()
+                for process in part.processes:
+                    process.kill()
             raise UserError("an env process died (memory full, or killed): lower --num-envs, and go on with --resume and the run's --output-dir") from None
 
     @classmethod
