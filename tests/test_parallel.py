@@ -36,6 +36,7 @@ def check_one_step(script, one, two, tmp_path, *args):
     assert done.stdout.count("wrote ") == 1
 
 
+@pytest.mark.slow
 def test_sft_steps_like_one_process_with_the_doubled_batch(tmp_path):
     demos = write_demos(tmp_path / "demos.h5")
     check_one_step("sft.py", ["--batch-size", 10], ["--batch-size", 5], tmp_path, "--demo-path", demos, "--num-updates", 1, "--chunk-size", 2,

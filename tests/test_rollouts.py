@@ -34,7 +34,7 @@ def ppo(checkpoint, envs, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("silent", ["", "reach", "grasp,place"])
+@pytest.mark.parametrize("silent", ["", "reach,transport"])
 def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, ppo, envs, checkpoint, monkeypatch):
     """Env 0 acts as the expert and succeeds, env 1 waits until it is truncated; the roll-out goes on into their next episodes."""
     trace, seen, heads, step, reset, expert = [], {}, [], envs.step, envs.reset, ScriptedExpert(envs)

@@ -155,7 +155,7 @@ def test_simplers_names_are_aliases_and_lists_are_split():
     assert len({stare_utils.get_task(alias).instruction for alias in stare_utils.ALIASES}) == 4
 
 
-@pytest.mark.parametrize("env_id", ["PickCube-v1", needs_assets("PegInsertionSide-v1", slow=True), needs_assets(PUT_CARROT, slow=True)])
+@pytest.mark.parametrize("env_id", [needs_assets(env_id, slow=True) for env_id in ("PickCube-v1", "PegInsertionSide-v1", PUT_CARROT)])
 def test_out_of_distribution_changes_one_thing_drawn_from_the_seed(env_id):
     seeds, seen = [EVAL_SEED, EVAL_SEED + 1], {}
     for ood in ("none", "position", "camera", "lighting"):
