@@ -673,6 +673,7 @@ class ProcessEnv(gym.Env):
         if multiprocessing.parent_process():  # gymnasium makes one in the script itself, to look at
             torch.set_num_threads(1)
             os.setpgrp()  # Ctrl-C and torchrun's SIGTERM go to the script's whole group: it decides
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # an end without a word where the script is gone
             torch.cuda.synchronize = lambda: None  # ManiSkill calls it, and it would open a context: nothing here runs on CUDA
         self.index, self.env = index, StageEnv(env_id, 1, "cpu", seed, **kwargs)
         obs, _ = self.env.reset()
