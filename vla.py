@@ -359,6 +359,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """The layers to which `add_lora` has added matrices."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
@@ -371,7 +372,7 @@ class LowRank(nn.Linear):
 
 def add_lora(model: OpenVLAForActionPrediction, rank: int) -> None:
     """Freezes the model and adds trainable low-rank matrices (Hu et al. 2021; scale 1, B = 0 at the start) to every linear layer but the vocabulary's head.
-    They are float32 whatever the model is: a step of 1e-4 is lost in bfloat16. What they compute is not: float32 products took as long as all the rest."""
+    They are float32 whatever the model is: a step of 1e-4 is lost in bfloat16. What they compute is not: float32 products cost half a pass more."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.endswith("lm_head")]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), model)
     for layer in lora_layers(model):

@@ -25,7 +25,7 @@ from vla import model_folder
 DOCS = Path(__file__).parent.parent / "docs"
 METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan",
            "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple"}  # fmt: skip
-ABLATIONS = {name for name in METHODS if name.startswith("STA-TPO-")} | {f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages}
+SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
 PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
             ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
@@ -66,7 +66,7 @@ def table(env_id: str, methods: dict[str, list[dict]]) -> str:
     """Markdown: success of each method over its training seeds, and what it gains."""
     lines = ["| method | env steps | training seeds | success_once, mean ± std [each seed] | at the end | stages completed | training s |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for method in [*METHODS, *sorted(ABLATIONS - METHODS.keys())]:
+    for method in [*METHODS, *SILENT]:
         if rows := sorted(methods.get(method, []), key=lambda row: row["seed"]):
             once = [100 * row["success_once"] for row in rows]
             spread = f" ± {np.std(once, ddof=1):.1f}" if len(once) > 1 else ""
@@ -74,10 +74,10 @@ def table(env_id: str, methods: dict[str, list[dict]]) -> str:
             lines.append(f"| {method} | {np.mean([row['env_steps'] for row in rows]):.0f} | {len(rows)} | {np.mean(once):.1f}{spread} "
                          f"[{', '.join(f'{x:.1f}' for x in once)}] | {np.mean([100 * row['success_at_end'] for row in rows]):.1f} | {reach} | "
                          f"{np.mean([row['wall_s'] for row in rows]):.0f} |")  # fmt: skip
-        elif method not in ABLATIONS:
+        elif method in PAPER:
             lines.append(f"| {method} | not run | | | | | |")
     lines += ["", "| difference, points [95 %] | |", "|---|---|"]
-    compared = [*COMPARED, *(("STA-PPO", name) for name in sorted(ABLATIONS - METHODS.keys()))]
+    compared = [*COMPARED, *(("STA-PPO", method) for method in SILENT)]
     lines += [f"| {b} - {a} | {difference(methods[a], methods[b])} |" for a, b in compared if a in methods and b in methods
               and (a == "SFT" or {row["seed"] for row in methods[a]} == {row["seed"] for row in methods[b]})]  # fmt: skip
     return "\n".join([f"**{env_id}**", "", *lines])

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The paper's comparison with the tiny VLA: eight methods on each task, from one SFT checkpoint of the task, at equal env-step budgets.
 #   SEEDS="1 2 3" STEPS=9600 METHODS="STA-TPO IPI" benchmark/paper_table.sh [ENV_ID ...]     # then: python benchmark/paper_table.py runs/*__paper
-# Another budget beside it: STEPS=65536 NAME=long. A machine with a GPU and many cores takes chains side by side, once the first line is done:
+# Another budget: STEPS=65536 NAME=long keeps its runs beside these; the table has room for one of them, the newer row. A machine with a GPU and many cores takes chains side by side, once the first line is done:
 #   METHODS= benchmark/paper_table.sh StackCube-v1
 #   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
 # Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (128, the same ones) are
 # part of the budget of SFT-TPO-PPO and IPI: their PPO has what is left of STEPS. METHODS also knows STA-TPO-completed and
-# STA-TPO-sum, other costs in the pairs, and STA-PPO-no-reach (-no-grasp, ...), a stage without its distance.
+# STA-TPO-sum, other costs in the pairs, and STA-PPO-no-reach (-no-grasp, ...), a stage that pays only when it ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
@@ -48,7 +48,7 @@ for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 Pic
         STA-TPO-completed) tpo STA-TPO-completed --cost-margin 1e9 ;;
         STA-TPO-sum) tpo STA-TPO-sum --cost-sum --cost-coef 0.01 ;; # a sum is some ten times a mean
         STA-PPO) ppo STA-PPO "$SFT" "$STEPS" ;;
-        STA-PPO-no-*) ppo "$METHOD" "$SFT" "$STEPS" --silent-stages "${METHOD#STA-PPO-no-}" ;; # without the distance of one stage
+        STA-PPO-no-*) ppo "$METHOD" "$SFT" "$STEPS" --silent-stages "${METHOD#STA-PPO-no-}" ;;
         PPO) ppo PPO "$SFT" "$STEPS" --reward sparse ;;
         PPO-dense) [[ $ENV_ID == *Scene-v1 ]] || ppo PPO-dense "$SFT" "$STEPS" --reward dense ;; # ManiSkill has none for SimplerEnv's tasks
         SFT-TPO-PPO) ppo SFT-TPO-PPO "$(of TPO)" "$(left TPO)" --reward sparse ;;
