@@ -109,6 +109,7 @@ def test_resuming_another_scripts_run(script, checkpoint, tmp_path, refuses):
     refuses(script, "is of sta_other, not of", *start(script, checkpoint), "--resume", output=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_missing_assets_name_the_download(tmp_path):
     done = cli("sft.py", "--env-id", "widowx_stack_cube", "--output-dir", "out", cwd=tmp_path, MS_ASSET_DIR=str(tmp_path))
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()

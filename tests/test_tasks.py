@@ -104,8 +104,8 @@ class Recorder:
         return obs, reward, terminated, truncated, infos
 
 
-@pytest.mark.parametrize("env_id", ["PickCube-v1", "PushCube-v1", *(needs_assets(f"{name}-v1", slow=True) for name in
-                                    ("StackCube", "PullCube", "LiftPegUpright", "PegInsertionSide"))])  # fmt: skip
+@pytest.mark.parametrize("env_id", ["PickCube-v1", *(needs_assets(f"{name}-v1", slow=True) for name in
+                                    ("StackCube", "PushCube", "PullCube", "LiftPegUpright", "PegInsertionSide"))])  # fmt: skip
 def test_stages_hold_on_trajectories_of_manisklls_motion_planner(env_id):
     """No code of ours acts here. Every success comes after all stages, entered in order; the last stage is passed by success alone."""
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
