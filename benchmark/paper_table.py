@@ -1,7 +1,7 @@
 """Tables and plot of docs/results.md from the runs of benchmark/paper_table.sh, nothing typed by hand.
 
     python benchmark/paper_table.py                       # writes docs/results.md's tables and docs/results.svg anew from docs/results.jsonl
-    python benchmark/paper_table.py runs/*__paper      # first adds these runs' rows (of the same method, task and seed the newer one counts)
+    python benchmark/paper_table.py runs/*__paper      # first adds these runs' rows (of the same method, budget, task and seed the newer one counts)
 
 A row is eval.py's result row, with `successes` (one 0 or 1 per evaluation seed) in place of the episodes and, for PPO, `curve`: [env steps, seconds of
 roll-outs and updates, success of the last 100 sampled training episodes, explained variance, deviation of the advantages, share that completed each
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stare_utils import TASKS
+from stare_utils import TASKS, get_task
 from vla import model_folder
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -102,25 +102,39 @@ def overview(tasks: dict[str, dict[str, list[dict]]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def curve_of(run: dict) -> np.ndarray:
+    """A row's curve, with the env steps of the policies before it counted."""
+    curve = np.array(run["curve"])
+    curve[:, 0] += run["env_steps"] - curve[-1, 0]
+    return curve
+
+
 def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
-    """docs/results.svg: sampled success of the PPOs while they train, by env steps and by wall time; greedy success at the end as points."""
+    """docs/results.svg: sampled success of the PPOs while they train, by env steps and by wall time; greedy success at the end as points; the share of
+    greedy episodes that complete each stage."""
     tasks = {env_id: methods for env_id, methods in tasks.items() if len(methods) > 1}
-    figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 3.4 * len(tasks)), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(len(tasks), 3, figsize=(14, 3.4 * len(tasks)), squeeze=False, sharey="row")
     for row, (env_id, methods) in zip(axes, tasks.items()):
         for axis, x, label in ((row[0], 0, "env steps"), (row[1], 1, "seconds of roll-outs and updates")):
             for method, colour in METHODS.items():
                 runs = methods.get(method, [])
-                if curves := [np.array(run["curve"]) for run in runs if "curve" in run]:
+                if curves := [curve_of(run) for run in runs if "curve" in run]:
                     short = min(map(len, curves))
                     curves = np.stack([curve[-short:] for curve in curves])
-                    axis.plot(curves[:, :, x].mean(0), 100 * curves[:, :, 2].mean(0), color=colour, label=f"{method} (sampled)")
+                    axis.plot(curves[:, :, x].mean(0), 100 * curves[:, :, 2].mean(0), color=colour)
                     axis.fill_between(curves[:, :, x].mean(0), 100 * curves[:, :, 2].min(0), 100 * curves[:, :, 2].max(0), color=colour, alpha=0.15, lw=0)
                 if runs:
-                    at = [run["curve"][-1][x] if "curve" in run else run["env_steps"] if x == 0 else (run["wall_s"] if run["env_steps"] else 0) for run in runs]
-                    axis.plot(at, [100 * run["success_once"] for run in runs], "o", color=colour, ms=5, label=f"{method} (greedy, at the end)")
+                    at = [run["env_steps"] if x == 0 else run["curve"][-1][1] if "curve" in run else run["wall_s"] * (run["env_steps"] > 0) for run in runs]
+                    axis.plot(at, [100 * run["success_once"] for run in runs], "o", color=colour, ms=5)
             axis.set(xlabel=label, ylabel="success, %", title=env_id, ylim=(0, 100))
-    axes[0, 1].legend(fontsize=6, loc="upper right")
-    figure.tight_layout()
+        for method in [method for method in METHODS if method in methods]:
+            funnel = 100 * np.mean([run["stage_reach_rate"] for run in methods[method]], 0)
+            style = "." + ("--" if method in ("SFT", "TPO", "STA-TPO") else "-")
+            row[2].plot(get_task(env_id.partition(",")[0]).stages, funnel, style, color=METHODS[method])
+        row[2].set(ylabel="completed, greedily, %", title=env_id)
+    seen = [method for method in METHODS if any(method in methods for methods in tasks.values())]
+    figure.legend([plt.Line2D([], [], color=METHODS[method]) for method in seen], seen, ncol=len(seen), loc="lower center")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(DOCS / "results.svg", metadata={"Date": None})
 
 
@@ -138,7 +152,8 @@ def main(runs: list[str]) -> None:
     file.write_text("".join(json.dumps(newest[key]) + "\n" for key in sorted(newest)))
     tasks = defaultdict(lambda: defaultdict(list))
     for row in newest.values():
-        tasks[row["env_id"]][row["method"]].append(row)
+        method, _, budget = row["method"].partition("@")
+        tasks[row["env_id"] + f", {budget}" * bool(budget)][method].append(row)
     between(DOCS.parent / "README.md", "table", "\n".join(line for line in overview(tasks).splitlines() if line.count("not run") < len(PAPER)))
     tables = overview(tasks) + "\n\n" + "\n\n".join(table(env_id, methods) for env_id, methods in sorted(tasks.items(), reverse=True) if len(methods) > 1)
     between(DOCS / "results.md", "tables", tables)

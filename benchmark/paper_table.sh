@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The paper's comparison with the tiny VLA: eight methods on each task, from one SFT checkpoint of the task, at equal env-step budgets.
 #   SEEDS="1 2 3" STEPS=9600 METHODS="STA-TPO IPI" benchmark/paper_table.sh [ENV_ID ...]     # then: python benchmark/paper_table.py runs/*__paper
-# Another budget: STEPS=65536 NAME=long keeps its runs beside these; the table has room for one of them, the newer row. A machine with a GPU and many cores takes chains side by side, once the first line is done:
+# Another budget has a name and a table of its own, and its imitation is not the shipped one:   NAME=long STEPS=48000 DEMOS=1000 UPDATES=2500 ANNEAL=--anneal-lr METHODS="STA-TPO IPI PPO" benchmark/paper_table.sh StackCube-v1
+# A machine with a GPU and many cores takes chains side by side, once the first line is done:
 #   METHODS= benchmark/paper_table.sh StackCube-v1
 #   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
 # Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (128, the same ones) are
@@ -11,7 +12,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
-STEPS=${STEPS:-9600} NAME=${NAME:-paper} EPISODES=(--num-eval-episodes 200 --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
+STEPS=${STEPS:-9600} NAME=${NAME:-paper} DEMOS=${DEMOS:-400} UPDATES=${UPDATES:-1500} ANNEAL=${ANNEAL:---no-anneal-lr}
+BUDGET=$([ "$NAME" = paper ] || echo "@$NAME") EPISODES=(--num-eval-episodes 200 --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
 
 of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__$NAME"; }
 run() { echo "$(date -u +%H:%M:%S) $*"; "$PYTHON" "$@"; }
@@ -20,7 +22,7 @@ train() {
   RUN=$(of "$1")
   [ -f "$RUN/results.json" ] && return
   run "$2" --env-id "$ENV_ID" --seed "$SEED" --checkpoint "$3" --output-dir "$RUN" --resume --num-eval-episodes 0 "${@:4}"
-  run eval.py --checkpoint "$RUN" --method "$1" "${EPISODES[@]}"
+  run eval.py --checkpoint "$RUN" --method "$1$BUDGET" "${EPISODES[@]}"
 }
 # tpo METHOD ARGS...: the first one samples the roll-outs, the others train on the same
 tpo() {
@@ -28,18 +30,18 @@ tpo() {
   [ -d "$(of "$1")/rollouts" ] || [ ! -d "$(of STA-TPO)/rollouts" ] || cp -r "$(of STA-TPO)/rollouts" "$(of STA-TPO)/source.txt" "$(of "$1")/"
   train "$1" sta_tpo.py "$SFT" --num-initial-states 16 "${@:2}"
 }
-ppo() { train "$1" sta_ppo.py "$2" --total-timesteps "$3" --no-anneal-lr "${@:4}"; }
+ppo() { train "$1" sta_ppo.py "$2" --total-timesteps "$3" "$ANNEAL" "${@:4}"; }
 left() { "$PYTHON" -c "import json; print($STEPS - json.load(open('$(of "$1")/checkpoint/args.json'))['env_steps'])"; }
 
 for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 PickCube-v1 PushCube-v1 PullCube-v1 PlaceSphere-v1 PegInsertionSide-v1
   PutSpoonOnTableClothInScene-v1 StackGreenCubeOnYellowCubeBakedTexInScene-v1 PutEggplantInBasketScene-v1}; do
   # one imitation for all seeds, the shipped one where there is one: what is compared comes after it
   SEED=1 DIR=$(SEED=1 of SFT) SFT=checkpoints/${ENV_ID}__sft
-  if [ ! -d "$SFT" ]; then
+  if [ -n "$BUDGET" ] || [ ! -d "$SFT" ]; then
     SFT=$DIR
-    [ -f "$DIR/results.json" ] || run sft.py --env-id "$ENV_ID" --output-dir "$DIR" --resume --num-demos 400 --num-updates 1500 --num-eval-episodes 0
+    [ -f "$DIR/results.json" ] || run sft.py --env-id "$ENV_ID" --output-dir "$DIR" --resume --num-demos "$DEMOS" --num-updates "$UPDATES" --num-eval-episodes 0
   fi
-  [ -f "$DIR/results.json" ] || run eval.py --checkpoint "$SFT" --output-dir "$DIR" --method SFT "${EPISODES[@]}"
+  [ -f "$DIR/results.json" ] || run eval.py --checkpoint "$SFT" --output-dir "$DIR" --method "SFT$BUDGET" "${EPISODES[@]}"
   for SEED in ${SEEDS:-1 2 3}; do
     for METHOD in ${METHODS-STA-TPO TPO STA-PPO PPO PPO-dense SFT-TPO-PPO IPI}; do
       case $METHOD in
