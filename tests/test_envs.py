@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sapien
 import torch
-from conftest import STATS, TASK, needs_assets, tiny_model
+from conftest import STATS, TASK, needs_assets, tiny_model, write_demos
 from mani_skill.envs.utils.system.backend import parse_sim_and_render_backend
 
 import eval as evaluation
@@ -212,6 +212,13 @@ def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
     difference = (rgb.int() - torch.cat([obs["rgb"] for obs in seen[:-1]]).int()).abs()
     assert rgb.shape == (4, 128, 128, 3) and (difference > 8).float().mean() < 1e-3
     env.env.close()
+
+
+def test_demonstrations_slower_than_the_task_are_named(tmp_path, capsys):
+    sft.read_demos(write_demos(tmp_path / "demos.h5", lengths=(50, 49)), "PickCube-v1", 9)
+    assert capsys.readouterr().out == ""
+    sft.read_demos(write_demos(tmp_path / "demos.h5", lengths=(50, 51, 60)), "PickCube-v1", 9)
+    assert "2 of 3 demonstrations of PickCube-v1 take longer than its episodes of 50 steps" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
