@@ -347,6 +347,8 @@ def ppo_symptoms(first: dict, now: dict, gap: float = 0.05) -> list[str]:
         success, shaped = (now[key] - first[key] for key in ("charts/success_once", "charts/shaped_return"))
         if success < -0.2 and shaped > 0.02:
             lines.append("the shaped return rises while success falls: the policy collects the stage reward instead of the task; lower --shaping-weight")
+        elif success < -0.2:
+            lines.append("sampled success falls: the steps are larger than the gradient of such a batch is good for; lower --learning-rate or raise --num-envs")
     return lines
 
 

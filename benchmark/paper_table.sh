@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's comparison with the tiny VLA: eight methods on each task, from one SFT checkpoint of the task, at equal env-step budgets.
 #   SEEDS="1 2 3" STEPS=9600 METHODS="STA-TPO IPI" benchmark/paper_table.sh [ENV_ID ...]     # then: python benchmark/paper_table.py runs/*__paper
-# Another budget has a name and a table of its own, and its imitation is not the shipped one:   NAME=long STEPS=48000 DEMOS=1000 UPDATES=2500 ANNEAL=--anneal-lr METHODS="STA-TPO IPI PPO" benchmark/paper_table.sh StackCube-v1
+# Another budget has a name and a table of its own, and its imitation is not the shipped one:   NAME=long STEPS=48000 DEMOS=1000 UPDATES=2500 PPO_FLAGS=--anneal-lr METHODS="STA-TPO IPI PPO" benchmark/paper_table.sh StackCube-v1
 # A machine with a GPU and many cores takes chains side by side, once the first line is done:
 #   METHODS= benchmark/paper_table.sh StackCube-v1
 #   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
-STEPS=${STEPS:-9600} NAME=${NAME:-paper} DEMOS=${DEMOS:-400} UPDATES=${UPDATES:-1500} ANNEAL=${ANNEAL:---no-anneal-lr}
+STEPS=${STEPS:-9600} NAME=${NAME:-paper} DEMOS=${DEMOS:-400} UPDATES=${UPDATES:-1500} PPO_FLAGS=${PPO_FLAGS:---no-anneal-lr}
 BUDGET=$([ "$NAME" = paper ] || echo "@$NAME") EPISODES=(--num-eval-episodes 200 --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
 
 of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__$NAME"; }
@@ -30,7 +30,7 @@ tpo() {
   [ -d "$(of "$1")/rollouts" ] || [ ! -d "$(of STA-TPO)/rollouts" ] || cp -r "$(of STA-TPO)/rollouts" "$(of STA-TPO)/source.txt" "$(of "$1")/"
   train "$1" sta_tpo.py "$SFT" --num-initial-states 16 "${@:2}"
 }
-ppo() { train "$1" sta_ppo.py "$2" --total-timesteps "$3" "$ANNEAL" "${@:4}"; }
+ppo() { train "$1" sta_ppo.py "$2" --total-timesteps "$3" $PPO_FLAGS "${@:4}"; }
 left() { "$PYTHON" -c "import json; print($STEPS - json.load(open('$(of "$1")/checkpoint/args.json'))['env_steps'])"; }
 
 for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 PickCube-v1 PushCube-v1 PullCube-v1 PlaceSphere-v1 PegInsertionSide-v1

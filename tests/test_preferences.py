@@ -188,8 +188,8 @@ PPO = {"losses/first_ratio": 1.0, "losses/rollout_update_logprob_gap": 1e-5, "lo
 @pytest.mark.parametrize(
     ("cause", "now"),
     [("ratio", {"losses/first_ratio": 1.03}), ("ratio", {"losses/rollout_update_logprob_gap": 0.2}), ("entropy", {"losses/entropy": 2.0}),
-     ("success falls", {"charts/success_once": 0.2, "charts/shaped_return": 0.6}), ("", {}), ("", {"charts/success_once": 0.2}),
-     ("", {"charts/shaped_return": 0.9, "charts/success_once": 0.9}), ("", {"losses/entropy": 5.0})],
+     ("instead of the task", {"charts/success_once": 0.2, "charts/shaped_return": 0.6}), ("learning-rate", {"charts/success_once": 0.2}),
+     ("", {}), ("", {"charts/shaped_return": 0.9, "charts/success_once": 0.9}), ("", {"losses/entropy": 5.0})],
 )  # fmt: skip
 def test_what_is_wrong_with_a_ppo_run_is_named(cause, now):
     lines = sta_ppo.ppo_symptoms(PPO, {**PPO, **now})
