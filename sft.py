@@ -306,10 +306,9 @@ def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_
                         or any(x.shape != (T, width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
                     raise UserError(f"{path} episode {episode['episode_id']}: shapes that do not fit, or numbers that are none")
                 frames.append((rgb, proprio, actions, where, stage))
-        late, horizon = sum(len(part[0]) > TASKS[env_id].max_episode_steps for part in frames), TASKS[env_id].max_episode_steps
-        if late > 0.1 * len(frames):
-            print(f"warning: {late} of {len(frames)} demonstrations of {env_id} take longer than its episodes of {horizon} steps: a policy as slow fails"
-                  " there, raise --demo-speed or lower --demo-pause")  # fmt: skip
+        horizon = TASKS[env_id].max_episode_steps
+        if (late := sum(len(part[0]) > horizon for part in frames)) > 0.1 * len(frames):
+            print(f"warning: {late} of {len(frames)} demonstrations of {env_id} take longer than its episodes of {horizon} steps: raise --demo-speed")
         return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"cannot read {path} with {path.with_suffix('.json').name} beside it: {type(error).__name__} {str(error).splitlines()[:1]}") from None
