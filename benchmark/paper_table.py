@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import matplotlib
 
 matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "stare"  # the same rows, the same file
 import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,16 +54,13 @@ def row_of(run: Path) -> dict:
 
 def difference(a: list[dict], b: list[dict]) -> str:
     """Mean of b - a over the same evaluation seeds, in points, with a 95 % interval: the variances of the training seeds' means and of the episodes'
-    means add up. Training seeds that only one of them has are left out; a method of one training seed (SFT) stands against each of the other's."""
-    shared = {row["seed"] for row in a} & {row["seed"] for row in b}
-    kept = [[row for row in rows if len(a) == 1 or row["seed"] in shared] for rows in (a, b)]
-    first, second = (np.array([[int(x) for x in row["successes"]] for row in sorted(rows, key=lambda row: row["seed"])]) for rows in kept)
+    means add up. A method of one training seed (SFT) stands against each of the other's."""
+    first, second = (np.array([[int(x) for x in row["successes"]] for row in sorted(rows, key=lambda row: row["seed"])]) for rows in (a, b))
     diff = second - first  # (seeds, episodes)
     if len(diff) < 2:
         return f"{100 * diff.mean():+.1f}, one training seed"
     error = np.sqrt(diff.mean(1).var(ddof=1) / len(diff) + diff.mean(0).var(ddof=1) / diff.shape[1])
-    seeds = f", {len(diff)} seeds" * (len(diff) != max(len(a), len(b)))
-    return f"{100 * diff.mean():+.1f} [{100 * (diff.mean() - 1.96 * error):+.1f}, {100 * (diff.mean() + 1.96 * error):+.1f}]{seeds}"
+    return f"{100 * diff.mean():+.1f} [{100 * (diff.mean() - 1.96 * error):+.1f}, {100 * (diff.mean() + 1.96 * error):+.1f}]"
 
 
 def table(env_id: str, methods: dict[str, list[dict]]) -> str:
@@ -81,8 +79,14 @@ def table(env_id: str, methods: dict[str, list[dict]]) -> str:
             lines.append(f"| {method} | not run | | | | | |")
     lines += ["", "| difference, points [95 %] | |", "|---|---|"]
     compared = [*COMPARED, *(("STA-PPO", method) for method in SILENT)]
-    lines += [f"| {b} - {a} | {difference(methods[a], methods[b])} |" for a, b in compared if a in methods and b in methods
-              and (a == "SFT" or {row["seed"] for row in methods[a]} & {row["seed"] for row in methods[b]})]  # fmt: skip
+    for a, b in compared:
+        pair = [methods.get(a, []), methods.get(b, [])]
+        if a != "SFT":  # imitation is one run, the start of all others
+            shared = set.intersection(*({row["seed"] for row in rows} for rows in pair))
+            pair = [[row for row in rows if row["seed"] in shared] for rows in pair]
+        if all(pair):
+            fewer = f", {len(pair[1])} seeds" * (1 < len(pair[1]) < max(len(methods[a]), len(methods[b])))
+            lines.append(f"| {b} - {a} | {difference(*pair)}{fewer} |")
     return "\n".join([f"**{env_id}**", "", *lines])
 
 
