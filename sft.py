@@ -5,7 +5,7 @@
     python sft.py --env-id PickCube-v1,PushCube-v1            # one VLA for several tasks, told apart by their instructions
 
 loss = -mean over samples of [ sum over active action tokens of log pi(token | image, proprioception, instruction, tokens before) ] / (active tokens)
-       + c_aux * smooth L1 distance between a linear read-out of the hidden state and where object and goal are
+       + c_aux * smooth L1 distance between a linear read-out of the hidden state and where object and goal are, and the turn that the tool lacks
 Equations, choices, what differs from OpenVLA's recipe: docs/sft.md.
 Letters: B batch, M frames, A action tokens, D hidden width.
 """
@@ -90,7 +90,7 @@ class Args:
     label_jitter: float = 4.0
     """deviation, in bins, of noise on each target but the gripper's at every draw: a soft target over neighbouring bins, for a policy that explores"""
     aux_coef: float = 5.0
-    """weight of the auxiliary loss: the hidden state also tells where object and goal are, which the tiny model learns to see with; 0: cross-entropy alone"""
+    """weight of the auxiliary loss: the hidden state also tells where things are and how they lie: the tiny model learns to see; 0: cross-entropy alone"""
 
     save_freq: int = 500
     """optimiser steps between checkpoints"""
@@ -214,7 +214,7 @@ def check_instructions(model, processor, texts: list[str]) -> None:
 
 def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
     """Runs the scripted expert until `num_demos` episodes have succeeded and writes them as ManiSkill does: `traj_i` groups with
-    `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels), `geometry` (T x 6) and `stage` (T)."""
+    `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels), `geometry` (T x 8) and `stage` (T)."""
     task = TASKS[env_id]
     horizon, limit = 2 * task.max_episode_steps, torch.tensor(task.arm.limit)  # who is slow and errs needs time
     envs = make_envs(env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon, image_size=image_size)
@@ -269,7 +269,7 @@ def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
 
 
 def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_utils.IMAGE_SIZE) -> tuple[torch.Tensor, ...]:
-    """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A), geometry (M, 6) and stage labels (M,) of the first `num_demos` successful episodes
+    """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A), geometry (M, 8) and stage labels (M,) of the first `num_demos` successful episodes
     of a ManiSkill .h5. Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera; their stage is -1,
     unknown, for contact forces are not recorded. Raises UserError on a file of another env or control mode, or one that does not hold what it should."""
     mode, frames, env = TASKS[env_id].arm.control_mode, [], None
@@ -301,7 +301,7 @@ def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_
                     raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
                 stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
                 stage[stage >= len(TASKS[env_id].stages)] = -1  # some episodes begin in success, which is no stage
-                T, numbers = len(actions), [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 6)]
+                T, numbers = len(actions), [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 8)]
                 if (T == 0 or rgb.ndim != 4 or (len(rgb), rgb.shape[3]) != (T, 3) or rgb.dtype != np.uint8 or stage.shape != (T,)
                         or any(x.shape != (T, width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
                     raise UserError(f"{path} episode {episode['episode_id']}: shapes that do not fit, or numbers that are none")

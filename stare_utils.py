@@ -219,8 +219,10 @@ def observe_arm(env, arm: Arm, pose, goal: Tensor, grasped: Tensor, width: float
     }  # fmt: skip
 
 def geometry(s: State) -> Tensor:
-    """(N, 6) metres: from the tool to the object, from the tool to the goal. No policy sees it; sft.py's auxiliary loss does."""
-    return torch.cat([s["object"] - s["tool"], s["goal"] - s["tool"]], -1)
+    """(N, 8): from the tool to the object and to the goal, metres; cosine and sine (x 0.1) of twice the turn about the vertical that the tool lacks.
+    No policy sees it; sft.py's auxiliary loss does."""
+    turn = 2 * s["yaw_error"][:, None]
+    return torch.cat([s["object"] - s["tool"], s["goal"] - s["tool"], 0.1 * turn.cos(), 0.1 * turn.sin()], -1)
 
 HOVER = 0.08  # m: how far above the object the expert comes in
 CENTRED = 0.01  # m: this near to the grip the fingers close; from further off they may hold a corner, which slips out
@@ -547,7 +549,7 @@ class StageEnv:
     `reset(seed=s)` gives env i the seed s + i, a list is taken as it is; each later episode of an env has a seed of its own below TRAIN_SEEDS,
     derived from the one before (but ManiSkill's GPU simulation draws it from its own stream). Observations: `rgb` (N, H, W, 3) uint8, `proprio`
     (N, 8) float: tool position, tool quaternion (w, x, y, z), gripper opening. Infos: `stage`, `furthest_stage`, `potential`, `stage_distance`,
-    `success`, `seed`, `elapsed_steps` (N,), `distances` (N, K), `geometry` (N, 6) and what the task reports.
+    `success`, `seed`, `elapsed_steps` (N,), `distances` (N, K), `geometry` (N, 8) and what the task reports.
     """
 
     def __init__(

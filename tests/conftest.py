@@ -103,7 +103,7 @@ def write_demos(path: Path, env_id="PickCube-v1", control_mode=TASK.arm.control_
         for i, length in enumerate(lengths):
             obs, group = frames(length + 1, seed=i), file.create_group(f"traj_{i}")
             group["obs/sensor_data/base_camera/rgb"], group["obs/proprio"] = obs["rgb"].numpy(), obs["proprio"].numpy()
-            group["geometry"] = rng.uniform(-0.2, 0.2, (length, 6)).astype(np.float32)
+            group["geometry"] = rng.uniform(-0.2, 0.2, (length, 8)).astype(np.float32)
             if actions:
                 group["actions"] = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
             episodes.append({"episode_id": i, "episode_seed": i, "control_mode": control_mode, "elapsed_steps": length, "success": True})
