@@ -219,10 +219,8 @@ def observe_arm(env, arm: Arm, pose, goal: Tensor, grasped: Tensor, width: float
     }  # fmt: skip
 
 def geometry(s: State) -> Tensor:
-    """(N, 8): from the tool to the object and to the goal, metres; cosine and sine (x 0.1) of twice the turn about the vertical that the tool lacks.
-    No policy sees it; sft.py's auxiliary loss does."""
-    turn = 2 * s["yaw_error"][:, None]
-    return torch.cat([s["object"] - s["tool"], s["goal"] - s["tool"], 0.1 * turn.cos(), 0.1 * turn.sin()], -1)
+    """(N, 8): tool to object, tool to goal (m); cosine and sine, x 0.1, of twice the turn that the tool lacks. For sft.py's auxiliary loss alone."""
+    return torch.cat([s["object"] - s["tool"], s["goal"] - s["tool"], 0.1 * (turn := 2 * s["yaw_error"][:, None]).cos(), 0.1 * turn.sin()], -1)
 
 HOVER = 0.08  # m: how far above the object the expert comes in
 CENTRED = 0.01  # m: this near to the grip the fingers close; from further off they may hold a corner, which slips out

@@ -85,6 +85,21 @@ def test_stage_functions_read_each_row_of_a_batch_by_itself(env_id):
     env.close()
 
 
+@pytest.mark.parametrize("env_id", [needs_assets(PUT_CARROT)])
+def test_geometry_tells_how_the_object_lies(env_id):
+    """SimplerEnv's carrot lies in two ways, for one of which the tool has to turn by a right angle."""
+    env = state_env(env_id)
+    turns = []
+    for seed in (EVAL_SEED, EVAL_SEED + 1):
+        infos, s = env.reset(seed)[1], env.state
+        assert torch.equal(infos["geometry"][:, :6], torch.cat([s["object"] - s["tool"], s["goal"] - s["tool"]], -1))
+        assert torch.linalg.vector_norm(infos["geometry"][:, 6:]).item() == pytest.approx(0.1)
+        turns.append(0.5 * torch.atan2(infos["geometry"][0, 7], infos["geometry"][0, 6]).item())
+        assert turns[-1] == pytest.approx(s["yaw_error"].item(), abs=1e-5)
+    assert abs(turns[0]) < 0.1 and abs(turns[1]) > 1.4
+    env.close()
+
+
 class Recorder:
     """What ManiSkill's motion planner takes for an env: a StageEnv under joint control, whose stages are written down."""
 
