@@ -67,7 +67,7 @@ class Args:
     instruction: str = ""
     """these words instead"""
     full_meshes: bool = False
-    """render the Panda's original visual meshes on the CPU too (4x slower)"""
+    """on a CPU too: the Panda's original visual meshes (4x slower), SimplerEnv's camera at 640 x 480 (2x slower)"""
     output_dir: str = ""
     """where results.json and video.mp4 go; empty: the checkpoint's run folder"""
     method: str = ""

@@ -557,21 +557,22 @@ class StageEnv:
     ):  # fmt: skip
         """reward: "sparse" is 1 on a success step and else 0; "dense" is ManiSkill's normalized_dense. potential, potential_across_stages: see
         stage_potential and stage_signals. max_episode_steps: None is the registered horizon. stock_camera, ood: see scene_class. render=False: no
-        `rgb`, and no renderer is needed. control_mode: "" is the arm's. image_size: of `rgb`, square."""
+        `rgb`, and no renderer is needed. control_mode: "" is the arm's. image_size: of `rgb`, square. full_meshes: draw what nobody sees, too."""
         (env_id,) = env_ids(env_id)
         self.task, self.num_envs, self.backend, self.dense, self.render = TASKS[env_id], num_envs, backend, reward == "dense", render
-        self.potential, self.across, self.image_size = potential, potential_across_stages, image_size
-        self.terminate_on_success = terminate_on_success
+        self.potential, self.across, self.image_size, self.terminate_on_success = potential, potential_across_stages, image_size, terminate_on_success
         mani_skill.logger.setLevel(logging.ERROR)  # it warns of ManiSkill's own assets
         if backend == "cpu" and not full_meshes:
             light = light_assets()
             Panda.urdf_path, PandaWristCam.urdf_path = (str(light / name) for name in ("panda_v2.urdf", "panda_v3.urdf"))
             sapien.render.set_camera_shader_dir = lambda name: STOCK_SHADERS(str(light / "shaders" / name))
+        few = {"width": 320, "height": 240, "intrinsic": np.array([[311.794, 0, 159.75], [0, 311.794, 119.77], [0, 0, 1]])}  # half of 640 x 480
+        few = few if self.task.grid and backend == "cpu" and not full_meshes and image_size <= IMAGE_SIZE else {}
         PandaWristCam._sensor_configs = []  # no policy here sees through it
         WidowX250S.disable_self_collisions = True  # ManiSkill's asset has an .srdf for that; in SimplerEnv's own the fingers jam
         local = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""  # a process of a torchrun job has a GPU of its own
         env = scene_class(env_id, stock_camera, ood, render, image_size)(
-            num_envs=num_envs, obs_mode="none" if not render else "rgb+segmentation" if self.task.grid else "rgb",
+            num_envs=num_envs, sensor_configs=few, obs_mode="none" if not render else "rgb+segmentation" if self.task.grid else "rgb",
             control_mode=control_mode or self.task.arm.control_mode, reward_mode="normalized_dense" if self.dense else "none",
             sim_backend=f"physx_{backend}{local * (backend == 'cuda')}",
             # "cuda", but without ManiSkill's way over CUDA, which would cost each env process a context on the GPU, and so time and memory
@@ -597,9 +598,8 @@ class StageEnv:
         for i, s in zip(index.tolist(), seed, strict=True):
             self.next_seed[i] = int(np.random.default_rng(s).integers(TRAIN_SEEDS))
         if self.render and self.base._hidden_objects:  # PickCube's goal: a policy that sees only images must see it
-            for marker in self.base._hidden_objects:
-                marker.show_visual()
-            self.base._hidden_objects.clear()
+            while self.base._hidden_objects:
+                self.base._hidden_objects.pop().show_visual()
             obs = self.base.get_obs(self.base.get_info())
         self.seeds[index], self.furthest[index] = torch.tensor(seed, device=self.base.device), 0
         self.state = self.task.observe(self.base)
@@ -645,7 +645,7 @@ class StageEnv:
         seen = {"proprio": torch.cat([self.state["tool"], self.state["quaternion"], self.state["opening"][:, None]], -1)}
         if self.render:
             rgb = torch.cat([camera["rgb"] for camera in obs["sensor_data"].values()], 1 if self.task.wide else 2)
-            if rgb.shape[1:3] != (self.image_size, self.image_size):  # SimplerEnv's 640 x 480, squeezed into a square as for OpenVLA
+            if rgb.shape[1:3] != (self.image_size, self.image_size):  # SimplerEnv's 4:3, squeezed into a square as for OpenVLA
                 rgb = torch.nn.functional.interpolate(rgb.movedim(-1, 1).float(), [self.image_size] * 2, mode="bilinear", antialias=True).movedim(1, -1)
             seen["rgb"] = rgb.round().byte().contiguous()
         return seen

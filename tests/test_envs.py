@@ -155,6 +155,22 @@ def test_light_shaders_draw_the_same_pixels(env_id, monkeypatch):
     assert torch.equal(*frames) and frames[0].float().std() > 10
 
 
+@pytest.mark.parametrize("env_id", [needs_assets("PutCarrotOnPlateInScene-v1"), needs_assets("PutEggplantInBasketScene-v1", slow=True)])
+def test_a_quarter_of_simplerenvs_pixels_shows_a_small_policy_the_same(env_id):
+    frames, sizes = [], []
+    for full in (False, True):
+        env = stare_utils.StageEnv(env_id, 1, "cpu", 0, full_meshes=full)
+        env.reset([5])
+        frames.append(torch.cat([env.step(env.expert_action(torch.zeros(1, dtype=torch.long)))[0]["rgb"] for _ in range(6)]).float())
+        sizes.append([(camera.width, camera.height) for camera in env.base._sensor_configs.values()])
+        env.close()
+    assert sizes == [[(320, 240)], [(640, 480)]] and (frames[0] - frames[1]).abs().mean() < 1
+    moved = (frames[0] - frames[0].roll(1, 2)).abs().mean()  # one pixel off, what a wrong intrinsic would do
+    assert moved > 3 * (frames[0] - frames[1]).abs().mean()
+    large = stare_utils.StageEnv(env_id, 1, "cpu", 0, image_size=224)
+    assert [camera.width for camera in large.base._sensor_configs.values()] == [640]
+
+
 @pytest.mark.parametrize("local_rank", ["", "1"])
 def test_a_gpu_draws_into_the_memory_of_the_env_process(local_rank, monkeypatch):
     """ManiSkill would hand over tensors on the GPU. Its own word for that backend must not come out, and the device must be the process's own."""
