@@ -304,7 +304,7 @@ def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_
                 T, numbers = len(actions), [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 8)]
                 if (T == 0 or rgb.ndim != 4 or (len(rgb), rgb.shape[3]) != (T, 3) or rgb.dtype != np.uint8 or stage.shape != (T,)
                         or any(x.shape != (T, width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
-                    raise UserError(f"{path} episode {episode['episode_id']}: shapes that do not fit, or numbers that are none")
+                    raise UserError(f"{path} episode {episode['episode_id']}: shapes that do not fit, or numbers that are none: record it again")
                 frames.append((rgb, proprio, actions, where, stage))
         horizon = TASKS[env_id].max_episode_steps
         if (late := sum(len(part[0]) > horizon for part in frames)) > 0.1 * len(frames):
@@ -386,9 +386,8 @@ def main(args: Args) -> None:
         # The step alone decides its batch, so that a resumed run sees the same data
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         index = torch.randint(len(rgb), (world * args.batch_size,), generator=generator)
-        jitter = args.label_jitter * torch.randn(bins[index].shape, generator=generator)
-        jitter[:, -1] = 0  # the gripper knows two commands and nothing between
-        mb_bins = (bins[index] + jitter.round().long()).clamp(0, model.config.n_action_bins - 1).to(device)
+        mb_bins = vla.blur_bins(bins[index], args.label_jitter, model.config.n_action_bins, generator).to(device)
+        mb_bins[:, -1] = bins[index, -1].to(device)  # the gripper knows two commands and nothing between
         cosine = 0.5 * (1 + np.cos(np.pi * step / args.num_updates))
         optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 100, cosine)
         optimizer.zero_grad()

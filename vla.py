@@ -84,6 +84,13 @@ def detokenize_actions(tokens: Tensor, stats: dict, n_bins: int = 256) -> Tensor
     return torch.where(q99 - q01 < 1e-6, q01, actions).float()
 
 
+def blur_bins(bins: Tensor, deviation: float, n_bins: int, generator: torch.Generator) -> Tensor:
+    """Bins (N, A) long, each moved by Gaussian noise of `deviation` bins: a soft target. Noise is reflected at the outermost bins; clamped there, half of
+    such a label would lie in one bin, at deviation 4 five times the peak of any other label, and argmax would take the end where it is the less likely."""
+    last, noise = n_bins - 1, deviation * torch.randn(bins.shape, generator=generator)
+    return (last - (last - (bins + noise.round().long()).abs()).abs()).clamp(min=0)
+
+
 def signed_gripper(stats: dict) -> dict:
     """Action statistics of OpenVLA's data for an env whose gripper command runs from -1 to 1: published ones leave the gripper unscaled (mask false),
     0 closed and 1 open. So token value x decodes to 2 x - 1, as RL4VLA and SimplerEnv take it. Its proprioception, of other robots, is left out."""

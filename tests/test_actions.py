@@ -75,3 +75,23 @@ def test_any_number_of_bins_is_used_to_the_end(n_bins):
     stats = {"q01": [-1.0], "q99": [1.0]}
     bins = vla.tokenize_actions(torch.linspace(-1, 1, 999)[:, None], stats, n_bins)
     assert bins.min() == 0 and bins.max() == n_bins - 1
+
+
+def test_blurred_bins_are_the_label_and_its_neighbours_and_no_end_is_favoured():
+    """Against the probabilities of a rounded normal distribution, folded at the ends."""
+    labels, deviation = torch.tensor([0, 2, 128, 255]), 4.0
+    drawn = vla.blur_bins(labels.repeat(200_000, 1), deviation, N_BINS, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.long and drawn.min() == 0 and drawn.max() == N_BINS - 1
+    normal = torch.distributions.Normal(0.0, deviation)
+    offsets = torch.arange(-40, 41)
+    mass = normal.cdf(offsets + 0.5) - normal.cdf(offsets - 0.5)
+    for column, label in enumerate(labels):
+        folded = torch.zeros(N_BINS)
+        for offset, share in zip(offsets, mass, strict=True):
+            at = abs(int(label + offset))
+            folded[at if at < N_BINS else 2 * (N_BINS - 1) - at] += share
+        found = torch.bincount(drawn[:, column], minlength=N_BINS) / len(drawn)
+        assert (found - folded).abs().max() < 0.004 and found.max() < 2.1 * mass.max()
+    far = vla.blur_bins(labels[None], 1e4, N_BINS, torch.Generator().manual_seed(1))
+    assert ((far >= 0) & (far < N_BINS)).all()
+    assert torch.equal(vla.blur_bins(labels[None], 0.0, N_BINS, torch.Generator()), labels[None])
