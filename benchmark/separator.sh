@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How the learned separator compares with the rules on greedy episodes of four SFT policies, the three that ship and a small one of PushCube-v1.
+# How the learned separator compares with the rules on greedy episodes of four SFT policies, three that ship and a small one of PushCube-v1.
 # Resumable. Rows: docs/separator.jsonl; then `python benchmark/tables.py` writes the table of docs/sft.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
