@@ -71,6 +71,8 @@ class Args:
     """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right action"""
     demo_pause: float = 0.04
     """chance per step that the expert stands still for 2 to 6 steps, as people do. Pauses are labels too: imitation copies, reinforcement unlearns them"""
+    demo_twist: int = 0
+    """a demonstration begins with up to this many steps in which the tool turns to a random side: where its own pose tells how the object lies, nobody looks"""
 
     lora_rank: int = 0
     """0 trains all weights; else LoRA matrices of this rank on the linear layers (not the vocabulary's head), merged into what is written"""
@@ -220,7 +222,7 @@ def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
     envs = make_envs(env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon, image_size=image_size)
     expert, episodes, kept, failures = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], [], 0
     rng, K = np.random.default_rng(args.seed), envs.num_stages
-    slip, slip_left, pause_left = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(3))
+    slip, slip_left, pause_left, twist = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(4))
     obs, info = envs.reset(seed=[int(s) for s in rng.integers(TRAIN_SEEDS, size=args.num_envs)])
     progress = tqdm(total=args.num_demos, desc=f"{env_id} demonstrations", unit="episode", disable=None)
     with h5py.File(path.with_suffix(".tmp"), "w") as file:
@@ -231,23 +233,22 @@ def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
             for move in (label, played):
                 move[:, :3] = move[:, :3].clamp(-args.demo_speed * limit[:3], args.demo_speed * limit[:3])
             noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float()
+            twist = torch.where(info["elapsed_steps"].cpu() == 0, torch.from_numpy(rng.integers(-args.demo_twist, args.demo_twist + 1, args.num_envs)), twist)
+            played[:, 5] = torch.where(info["elapsed_steps"].cpu() < twist.abs(), twist.sign() * limit[5], played[:, 5])
             noise[:, 3:] = 0  # translation alone: a disturbed wrist is out of the expert's reach
             action = (played + limit * noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-limit, limit)
             begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_pause) & (slip_left == 0) & (pause_left == 0)
             pause_left[begin] = torch.from_numpy(rng.integers(2, 7, args.num_envs))[begin]
-            still = pause_left > 0
-            label[still, :-1] = 0
-            action[still] = label[still]
+            label[pause_left > 0, :-1] = 0
+            action[pause_left > 0] = label[pause_left > 0]
             slip_left, pause_left = (slip_left - 1).clamp(min=0), (pause_left - 1).clamp(min=0)
             next_obs, _, _, _, next_info = envs.step(action)
             for i in range(args.num_envs):
-                seen = (obs["rgb"], obs["proprio"], action, label, info["geometry"], info["stage"])
-                episodes[i].append(tuple(x[i].cpu() for x in seen))
+                episodes[i].append(tuple(x[i].cpu() for x in (obs["rgb"], obs["proprio"], action, label, info["geometry"], info["stage"])))
                 if next_info["_final_info"][i]:
                     if next_info["final_info"]["success"][i] and len(kept) < args.num_demos:
                         rgb, proprio, actions, labels, where, stage = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
-                        group = file.create_group(f"traj_{len(kept)}")
-                        final = next_info["final_obs"]
+                        group, final = file.create_group(f"traj_{len(kept)}"), next_info["final_obs"]
                         rgb, proprio = (np.concatenate([x, final[name][i][None].cpu()]) for x, name in ((rgb, "rgb"), (proprio, "proprio")))
                         group.create_dataset("obs/sensor_data/base_camera/rgb", data=rgb, compression="lzf")
                         group["obs/proprio"], group["success"] = proprio, np.arange(1, len(actions) + 1) == len(actions)
@@ -326,7 +327,7 @@ def main(args: Args) -> None:
     start = time.time()
     env_ids = stare_utils.env_ids(args.env_id)
     args.env_id, paths = ",".join(env_ids), [Path(path) for path in args.demo_path.split(",") if path]
-    sizes, others = ("num_envs", "num_demos", "num_updates", "batch_size", "chunk_size", "save_freq"), ("lora_rank", "num_eval_episodes", "seed")
+    sizes, others = ("num_envs", "num_demos", "num_updates", "batch_size", "chunk_size", "save_freq"), ("lora_rank", "num_eval_episodes", "seed", "demo_twist")
     stare_utils.check_numbers(asdict(args), dict.fromkeys(sizes, 1) | dict.fromkeys(others, 0))
     if paths and len(paths) != len(env_ids):
         raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")

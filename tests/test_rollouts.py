@@ -246,3 +246,21 @@ def test_demonstrations_are_what_the_simulator_did_and_their_labels_are_clean(sf
                 dims = slice(-1, None) if demo["still"][t] else slice(None)  # in a pause the hand alone is the expert's
                 assert np.allclose(labels[i, dims], demo["expert_actions"][t, dims], atol=1e-6), (i, t)
         obs, *_ = envs.step(torch.from_numpy(np.stack([demo["actions"][t] for demo in demos])))
+
+
+def test_a_twist_turns_the_tool_to_either_side_where_a_demonstration_begins_and_labels_stay_clean(envs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "make_envs", lambda *args, **kwargs: envs)
+    monkeypatch.setattr(envs, "close", lambda: None)
+    args = sft.Args(num_envs=2, num_demos=6, demo_twist=4, demo_speed=1.0, demo_noise=0.0, demo_slip=0.0, demo_pause=0.0)
+    sft.collect_demos(tmp_path / "demos.h5", "PickCube-v1", args, 128)
+    with h5py.File(tmp_path / "demos.h5") as file:
+        demos = [(group["actions"][:], group["expert_actions"][:]) for group in file.values()]
+    twisted = [(actions != labels).any(1) for actions, labels in demos]
+    assert not any(differs[4:].any() for differs in twisted) and any(differs[:4].any() for differs in twisted)
+    sides = set()
+    for (actions, labels), differs in zip(demos, twisted, strict=True):
+        steps = int(differs.nonzero()[0].max(initial=-1)) + 1
+        assert np.array_equal(np.delete(actions, 5, 1), np.delete(labels, 5, 1))  # the rest goes on meanwhile
+        assert len(set(actions[:steps, 5])) <= 1 and (abs(actions[:steps, 5]) == 1).all()
+        sides |= set(actions[:steps, 5])
+    assert sides == {-1.0, 1.0}
