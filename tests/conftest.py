@@ -31,6 +31,12 @@ hypothesis.settings.register_profile("stare", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("stare")
 
 
+def pytest_collection_modifyitems(items):
+    """Of two test processes one takes a whole file, for what its tests share; the files that share the chain of runs below stay together."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("chain" if item.path.stem in ("test_docs", "test_rollouts", "test_scripts") else item.path.stem))
+
+
 def cli(script, *args, cwd, **env):
     """`python script args` in the folder cwd, as the README writes it."""
     environ = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **env}

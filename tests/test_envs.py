@@ -3,6 +3,7 @@ import functools
 import multiprocessing.spawn as spawn
 import os
 import signal
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -186,7 +187,9 @@ def test_a_gpu_draws_into_the_memory_of_the_env_process(local_rank, monkeypatch)
 
 
 def test_env_processes_do_not_import_the_script_again(monkeypatch):
-    told = []
+    told, script = [], sys.modules["__main__"]
+    monkeypatch.setattr(script, "__file__", "a_script.py", raising=False)  # a test process may be started without one
+    monkeypatch.setattr(script, "__spec__", None, raising=False)
     monkeypatch.setattr(gym.vector, "AsyncVectorEnv", lambda *args, **kwargs: told.append(spawn.get_preparation_data("env")))
     with pytest.raises(AttributeError):  # there are no envs
         stare_utils.StageVectorEnv("PickCube-v1", 2, 0)
