@@ -170,6 +170,7 @@ def test_a_quarter_of_simplerenvs_pixels_shows_a_small_policy_the_same(env_id):
     assert moved > 3 * (frames[0] - frames[1]).abs().mean()
     large = stare_utils.StageEnv(env_id, 1, "cpu", 0, image_size=224)
     assert [camera.width for camera in large.base._sensor_configs.values()] == [640]
+    large.close()
 
 
 @pytest.mark.parametrize("local_rank", ["", "1"])
