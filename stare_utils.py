@@ -566,13 +566,13 @@ class StageEnv:
             light = light_assets()
             Panda.urdf_path, PandaWristCam.urdf_path = (str(light / name) for name in ("panda_v2.urdf", "panda_v3.urdf"))
             sapien.render.set_camera_shader_dir = lambda name: STOCK_SHADERS(str(light / "shaders" / name))
-        few = {"width": 320, "height": 240, "intrinsic": np.array([[311.794, 0, 159.75], [0, 311.794, 119.77], [0, 0, 1]])}  # half of 640 x 480
-        few = few if self.task.grid and backend == "cpu" and not full_meshes and image_size <= IMAGE_SIZE else {}
+        half = {"width": 320, "height": 240, "intrinsic": np.array([[311.794, 0, 159.75], [0, 311.794, 119.77], [0, 0, 1]])}  # of 640 x 480 pixels
+        small = self.task.grid and backend == "cpu" and not full_meshes and image_size <= IMAGE_SIZE
         PandaWristCam._sensor_configs = []  # no policy here sees through it
         WidowX250S.disable_self_collisions = True  # ManiSkill's asset has an .srdf for that; in SimplerEnv's own the fingers jam
         local = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""  # a process of a torchrun job has a GPU of its own
         env = scene_class(env_id, stock_camera, ood, render, image_size)(
-            num_envs=num_envs, sensor_configs=few, obs_mode="none" if not render else "rgb+segmentation" if self.task.grid else "rgb",
+            num_envs=num_envs, sensor_configs=half if small else {}, obs_mode="none" if not render else "rgb+segmentation" if self.task.grid else "rgb",
             control_mode=control_mode or self.task.arm.control_mode, reward_mode="normalized_dense" if self.dense else "none",
             sim_backend=f"physx_{backend}{local * (backend == 'cuda')}",
             # "cuda", but without ManiSkill's way over CUDA, which would cost each env process a context on the GPU, and so time and memory
