@@ -64,7 +64,7 @@ def curve_rows() -> list[str]:
 
 
 def main(runs: list[str]) -> None:
-    head = "| task | stage | roll-outs in it | cost (mean), success | cost (sum), success | bare Phi at entry: falls, mean change | as here |"
+    head = "| task | stage | roll-outs in it | corr(mean cost, success) | corr(sum, success) | phi_k at its entry: falls, mean change | k + phi_k: the same |"
     lines = [head, "|---" * 7 + "|"]
     for env_id, rollouts in read([Path(run) for run in runs]).items():
         lines += stage_rows(env_id, rollouts)

@@ -65,7 +65,8 @@ def difference(a: list[dict], b: list[dict]) -> str:
 
 def table(env_id: str, methods: dict[str, list[dict]]) -> str:
     """Markdown: success of each method over its training seeds, and what it gains."""
-    lines = ["| method | env steps | training seeds | success_once, mean ± std [each seed] | at the end | stages completed | training s |"]
+    stages = ", ".join(get_task(env_id.partition(",")[0]).stages)
+    lines = [f"| method | env steps | training seeds | success_once, mean ± std [each seed] | at the end | % that completed {stages} | training s |"]
     lines.append("|---|---|---|---|---|---|---|")
     for method in [*METHODS, *SILENT]:
         if rows := sorted(methods.get(method, []), key=lambda row: row["seed"]):
@@ -91,21 +92,29 @@ def table(env_id: str, methods: dict[str, list[dict]]) -> str:
 
 
 def overview(tasks: dict[str, dict[str, list[dict]]]) -> str:
-    """Markdown: the paper's table, methods by tasks, success in percent (mean ± deviation over the training seeds), and the means over each simulator's
-    tasks, only where all of them have been run."""
+    """Markdown: the paper's table, tasks by methods, success in percent (mean ± deviation over the training seeds), a task's other budgets below it, and
+    the means over each simulator's tasks, only where all of them have been run."""
     simpler = [env_id for env_id in TASKS if TASKS[env_id].grid]
-    groups = {"ManiSkill3 mean": [env_id for env_id in TASKS if env_id not in simpler], "SimplerEnv mean": simpler}
-    cells = {(env_id, method): [100 * row["success_once"] for row in tasks.get(env_id, {}).get(method, [])] for env_id in TASKS for method in PAPER}
+    groups = {env_id: [env_id] for env_id in TASKS} | {
+        "ManiSkill3 mean": [env_id for env_id in TASKS if env_id not in simpler], "SimplerEnv mean": simpler,
+        "SimplerEnv mean without PutEggplant": [env_id for env_id in simpler if "Eggplant" not in env_id]}  # fmt: skip
 
-    def text(once: list[float]) -> str:
-        return f"{np.mean(once):.1f}" + (f" ± {np.std(once, ddof=1):.1f}" if len(once) > 1 else " (1 seed)") if once else "not run"
+    def cell(names: list[str], method: str) -> str:
+        seeds = [[100 * row["success_once"] for row in tasks.get(name, {}).get(method, [])] for name in names]
+        if not all(seeds):
+            return "not run"
+        text, n = f"{np.mean([np.mean(once) for once in seeds]):.1f}", len(seeds[0])
+        if len(names) > 1:
+            return text
+        spread = f" ± {np.std(seeds[0], ddof=1):.1f}" if n > 1 else ""
+        return text + spread + f" ({n} seed{'s' * (n > 1)})" * (n < 3)
 
-    def mean(members: list[str], method: str) -> str:
-        all_run = all(cells[env_id, method] for env_id in members)
-        return f"{np.mean([np.mean(cells[env_id, method]) for env_id in members]):.1f}" if all_run else "not run"
-
-    lines = [["", *PAPER], ["---"] * (len(PAPER) + 1), *([env_id, *(text(cells[env_id, method]) for method in PAPER)] for env_id in TASKS)]
-    lines += [[name, *(mean(members, method) for method in PAPER)] for name, members in groups.items()]
+    lines = [["", *PAPER], ["---"] * (len(PAPER) + 1)]
+    for group, members in groups.items():
+        for budget in sorted({"".join(name.partition(", ")[1:]) for name in tasks}):
+            cells = [cell([env_id + budget for env_id in members], method) for method in PAPER]
+            if not budget or set(cells) != {"not run"}:
+                lines.append([group + budget, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -161,10 +170,11 @@ def main(runs: list[str]) -> None:
     for row in newest.values():
         method, _, budget = row["method"].partition("@")
         tasks[row["env_id"] + f", {budget}" * bool(budget)][method].append(row)
+    tasks = dict(sorted(tasks.items(), key=lambda item: (list(TASKS).index(item[0].partition(",")[0]), item[0])))
     between(DOCS.parent / "README.md", "table", "\n".join(line for line in overview(tasks).splitlines() if line.count("not run") < len(PAPER) - 1))
-    tables = overview(tasks) + "\n\n" + "\n\n".join(table(env_id, methods) for env_id, methods in sorted(tasks.items(), reverse=True) if len(methods) > 1)
+    tables = overview(tasks) + "\n\n" + "\n\n".join(table(env_id, methods) for env_id, methods in tasks.items() if len(methods) > 1)
     between(DOCS / "results.md", "tables", tables)
-    plot(dict(sorted(tasks.items(), reverse=True)))
+    plot(tasks)
 
 
 if __name__ == "__main__":
