@@ -1,0 +1,56 @@
+"""Figures are those of the rows in docs/results.jsonl: tables and plot are what benchmark/paper_table.py makes of them, and intervals follow by hand."""
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import paper_table
+
+
+def rows(*successes, env_id="PickCube-v1"):
+    """One row per training seed, of its episodes' successes."""
+    return [{"env_id": env_id, "seed": seed, "successes": once, "success_once": once.count("1") / len(once)} for seed, once in enumerate(successes, 1)]
+
+
+def test_the_pages_hold_what_the_rows_say(tmp_path, monkeypatch):
+    """Else: python benchmark/paper_table.py"""
+    pages = ("README.md", "docs/results.md", "docs/results.jsonl", "docs/results.svg")
+    (tmp_path / "docs").mkdir()
+    for page in pages:
+        shutil.copy(ROOT / page, tmp_path / page)
+    (tmp_path / "docs/results.svg").unlink()
+    monkeypatch.setattr(paper_table, "DOCS", tmp_path / "docs")
+    paper_table.main([])
+    assert [page for page in pages if (tmp_path / page).read_bytes() != (ROOT / page).read_bytes()] == []
+
+
+@pytest.mark.parametrize(("page", "start"), [("README.md", "## What the stages add"), ("docs/results.md", "## In short")])
+def test_intervals_of_the_summaries_stand_in_the_tables(page, start):
+    summary = (ROOT / page).read_text().split(start)[1].split("\n## ")[0]
+    tables = (ROOT / "docs/results.md").read_text().split("<!-- tables -->")[1].split("<!-- /tables -->")[0]
+    intervals = re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]", summary)
+    assert len(intervals) >= 5
+    assert [interval for interval in intervals if interval not in tables] == []
+
+
+def test_a_paired_difference_adds_the_spread_of_seeds_and_of_episodes():
+    sft, ppo = rows("0101"), rows("1101", "1111")
+    # ppo - sft, by seed: 1 0 0 0 and 1 0 1 0; means of the seeds 0.25, 0.5, of the episodes 1, 0, 0.5, 0
+    error = np.sqrt(0.03125 / 2 + 0.229166667 / 4)
+    assert paper_table.difference(sft, ppo) == f"+37.5 [{37.5 - 196 * error:+.1f}, {37.5 + 196 * error:+.1f}]"
+    assert paper_table.difference(sft, ppo[:1]) == "+25.0, one training seed"
+
+
+def test_the_overview_keeps_budgets_apart_and_gives_no_mean_of_an_incomplete_group():
+    grids = [env_id for env_id in paper_table.TASKS if paper_table.TASKS[env_id].grid]
+    tasks = {env_id + ", turned": {"IPI": rows("1100", env_id=env_id)} for env_id in grids if "Eggplant" not in env_id}
+    tasks |= {"PickCube-v1": {"SFT": rows("10"), "PPO": rows("1110", "1100")}, "PickCube-v1, long": {"PPO": rows("10", "11", "11")}}
+    lines = {(cells := line.strip("| ").split(" | "))[0]: dict(zip(paper_table.PAPER, cells[1:])) for line in paper_table.overview(tasks).splitlines()[2:]}
+    assert lines["PickCube-v1"]["SFT"] == "50.0 (1 seed)" and lines["PickCube-v1"]["PPO"] == "62.5 ± 17.7 (2 seeds)"
+    assert lines["PickCube-v1, long"]["PPO"] == "83.3 ± 28.9" and lines["PickCube-v1, long"]["SFT"] == "not run"
+    assert lines["SimplerEnv mean without PutEggplant, turned"]["IPI"] == "50.0"
+    assert set(lines["SimplerEnv mean"].values()) == set(lines["ManiSkill3 mean"].values()) == {"not run"} and "SimplerEnv mean, turned" not in lines
