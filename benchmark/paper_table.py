@@ -109,9 +109,9 @@ def overview(tasks: dict[str, dict[str, list[dict]]]) -> str:
         spread = f" ± {np.std(seeds[0], ddof=1):.1f}" if n > 1 else ""
         return text + spread + f" ({n} seed{'s' * (n > 1)})" * (n < 3)
 
-    lines = [["", *PAPER], ["---"] * (len(PAPER) + 1)]
+    lines, budgets = [["", *PAPER], ["---"] * (len(PAPER) + 1)], sorted({"".join(name.partition(", ")[1:]) for name in tasks})
     for group, members in groups.items():
-        for budget in sorted({"".join(name.partition(", ")[1:]) for name in tasks}):
+        for budget in budgets:
             cells = [cell([env_id + budget for env_id in members], method) for method in PAPER]
             if not budget or set(cells) != {"not run"}:
                 lines.append([group + budget, *cells])
@@ -171,9 +171,10 @@ def main(runs: list[str]) -> None:
         method, _, budget = row["method"].partition("@")
         tasks[row["env_id"] + f", {budget}" * bool(budget)][method].append(row)
     tasks = dict(sorted(tasks.items(), key=lambda item: (list(TASKS).index(item[0].partition(",")[0]), item[0])))
-    between(DOCS.parent / "README.md", "table", "\n".join(line for line in overview(tasks).splitlines() if line.count("not run") < len(PAPER) - 1))
-    tables = overview(tasks) + "\n\n" + "\n\n".join(table(env_id, methods) for env_id, methods in tasks.items() if len(methods) > 1)
-    between(DOCS / "results.md", "tables", tables)
+    whole = overview(tasks)
+    between(DOCS.parent / "README.md", "table", "\n".join(line for line in whole.splitlines() if line.count("not run") < len(PAPER) - 1))
+    tables = [table(env_id, methods) for env_id, methods in tasks.items() if len(methods) > 1]
+    between(DOCS / "results.md", "tables", "\n\n".join([whole, *tables]))
     plot(tasks)
 
 
