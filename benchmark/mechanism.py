@@ -1,10 +1,12 @@
-"""Do the stage signals say what they should? Two tables of docs/results.md, from roll-outs of the SFT policies and from PPO's curves.
+"""Do the stage signals say what they should? Three tables of docs/results.md, from the roll-outs that STA-TPO samples and from PPO's curves.
 
-    python benchmark/mechanism.py runs/*__sta-tpo__*__paper      # run folders of sta_tpo.py with their roll-outs
+    python benchmark/mechanism.py                                # writes the tables anew from docs/mechanism.jsonl and docs/results.jsonl
+    python benchmark/mechanism.py runs/*__sta-tpo__*__paper      # first adds these runs' rows: give all training seeds of a task at once
 
-Per task and stage over all roll-outs that entered it: the correlation (Pearson) of the stage's cost with the roll-out's success, of the cost as the
-paper's mean over the segment and as its sum; at the entry into the stage: how often Phi falls, and by how much on average, bare (phi_k) and as here
-(k + phi_k). Per task: the deviation of the advantages while the critic is new, from docs/results.jsonl, and the explained variance at the end."""
+A row is a stage of a task (and budget), over all roll-outs that entered it: the correlation (Pearson) of the stage's cost with the roll-out's success, of
+the cost as the paper's mean over the segment and as its sum; at the entry into the stage how often Phi falls, and by how much on average, bare (phi_k) and
+as here (k + phi_k); the pairs as sta_tpo.py builds them with the run's own settings, by reason, and of those won by cost the steps of the winner's and
+of the loser's segment. Per task: the deviation of the advantages while the critic is new, and the explained variance at the end."""
 import json
 import sys
 from collections import defaultdict
@@ -15,40 +17,49 @@ import numpy as np
 import torch
 from paper_table import DOCS, between
 
-from stare_utils import get_task, segment_stages, stage_potential
+from sta_tpo import build_stage_pairs, read_rollouts, segment_rows
+from stare_utils import TASKS, get_task, segment_stages, stage_potential
 
 
-def read(runs: list[Path]) -> dict[str, list[dict]]:
-    """Stage, distance and success of all roll-outs, by task."""
-    found = defaultdict(list)
-    for run in runs:
-        for file in sorted((run / "rollouts").glob("[!t]*.npz")):
-            rollout = np.load(file)
-            found[run.name.split("__")[0]].append({name: torch.from_numpy(rollout[name]) for name in ("stage", "distance", "success")})
-    return found
+def correlation(a: list[float], b: list[float]) -> float | None:
+    return round(float(np.corrcoef(a, b)[0, 1]), 3) if len(a) > 2 and np.std(a) and np.std(b) else None
 
 
-def correlation(a: list[float], b: list[float]) -> str:
-    return f"{np.corrcoef(a, b)[0, 1]:+.2f}" if len(a) > 2 and np.std(a) and np.std(b) else "-"
+def stage_row(k: int, K: int, runs: list[tuple[list[dict], list[dict]]]) -> dict:
+    """A stage's row from (roll-outs, pairs) of each run."""
+    means, sums, success, falls = [], [], [], []  # falls: (bare, offset) changes of Phi at the entry
+    for rollout in (rollout for rollouts, _ in runs for rollout in rollouts):
+        segment = segment_stages(rollout["stage"], K)
+        if (mine := segment == k).any():
+            costs = rollout["distance"][mine]
+            means.append(float(costs.mean()))
+            sums.append(float(costs.sum()))
+            success.append(float(rollout["success"]))
+            if t := int(mine.float().argmax()):
+                phi = stage_potential(rollout["distance"][t - 1 : t + 1], torch.tensor(1.0))
+                falls.append((float(phi[1] - phi[0]), float(phi[1] - phi[0] + k - segment[t - 1])))
+    pairs = [(pair, rollouts) for rollouts, built in runs for pair in built if pair["stage"] == k]
+    by_cost = [[len(segment_rows(rollouts[pair[side]], k, K, stage_aware=True)) for side in ("chosen", "rejected")]
+               for pair, rollouts in pairs if pair["reason"] == "cost"]  # fmt: skip
+    mean = lambda values: round(float(np.mean(values)), 3) if len(values) else None  # noqa: E731
+    return {"rollouts": len(means), "corr_mean": correlation(means, success), "corr_sum": correlation(sums, success),
+            "bare": [mean([bare < 0 for bare, _ in falls]), mean([bare for bare, _ in falls])],
+            "offset": [mean([offset < 0 for _, offset in falls]), mean([offset for _, offset in falls])],
+            "completed": len(pairs) - len(by_cost), "cost": len(by_cost), "won": mean([won for won, _ in by_cost]),
+            "lost": mean([lost for _, lost in by_cost]), "slower": mean([won > lost for won, lost in by_cost])}  # fmt: skip
 
 
-def stage_rows(env_id: str, rollouts: list[dict]) -> list[str]:
-    names, rows = get_task(env_id).stages, []
-    for k, name in enumerate(names):
-        means, sums, success, steps = [], [], [], []  # steps: (bare, offset) changes of Phi at the entry
-        for rollout in rollouts:
-            segment = segment_stages(rollout["stage"], len(names))
-            if (mine := segment == k).any():
-                costs = rollout["distance"][mine]
-                means.append(float(costs.mean()))
-                sums.append(float(costs.sum()))
-                success.append(float(rollout["success"]))
-                if t := int(mine.float().argmax()):
-                    phi = stage_potential(rollout["distance"][t - 1 : t + 1], torch.tensor(1.0))
-                    steps.append((float(phi[1] - phi[0]), float(phi[1] - phi[0] + segment[t] - segment[t - 1])))
-        falls = [f"{100 * np.mean(np.array(x) < 0):.0f} %, {np.mean(x):+.2f}" for x in zip(*steps)] or ["-", "-"]
-        rows.append(f"| {env_id} | {name} | {len(means)} | {correlation(means, success)} | {correlation(sums, success)} | {' | '.join(falls)} |")
-    return rows
+def rows_of(runs: list[str]) -> list[dict]:
+    found, out = defaultdict(list), []
+    for run in map(Path, runs):
+        args = json.loads((run / "checkpoint/args.json").read_text())
+        rollouts, K = read_rollouts(sorted((run / "rollouts").glob("[!t]*.npz"))), len(get_task(args["env_id"]).stages)
+        pairs = build_stage_pairs(rollouts, K, args["cost_margin"], args["max_pairs_per_stage"], cost_sum=args["cost_sum"])
+        found[args["env_id"], run.name.split("__")[3]].append((rollouts, pairs))
+    for (env_id, budget), seeds in found.items():
+        task, names = env_id + f", {budget}" * (budget != "paper"), get_task(env_id).stages
+        out += [{"task": task, "k": k, "stage": name, "seeds": len(seeds), **stage_row(k, len(names), seeds)} for k, name in enumerate(names)]
+    return out
 
 
 def curve_rows() -> list[str]:
@@ -63,11 +74,27 @@ def curve_rows() -> list[str]:
     return out
 
 
+def text(form: str, *values: float | None) -> str:
+    return "-" if None in values else form.format(*values).replace("%", " %")
+
+
+def cells(*values: object) -> str:
+    return f"| {' | '.join(map(str, values))} |"
+
+
 def main(runs: list[str]) -> None:
-    head = "| task | stage | roll-outs in it | corr(mean cost, success) | corr(sum, success) | phi_k at its entry: falls, mean change | k + phi_k: the same |"
-    lines = [head, "|---" * 7 + "|"]
-    for env_id, rollouts in read([Path(run) for run in runs]).items():
-        lines += stage_rows(env_id, rollouts)
+    file = DOCS / "mechanism.jsonl"
+    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    newest = {(row["task"], row["k"]): row for row in old + rows_of(runs)}
+    rows = [newest[key] for key in sorted(newest, key=lambda key: (list(TASKS).index(key[0].partition(",")[0]), key))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = "phi_k at its entry: falls, mean change | k + phi_k: the same"
+    lines = [f"| task | stage | training seeds | roll-outs in it | corr(mean cost, success) | corr(sum, success) | {entry} |", "|---" * 8 + "|"]
+    lines += [cells(row["task"], row["stage"], row["seeds"], row["rollouts"], text("{:+.2f}", row["corr_mean"]), text("{:+.2f}", row["corr_sum"]),
+                    text("{:.0%}, {:+.2f}", *row["bare"]), text("{:.0%}, {:+.2f}", *row["offset"])) for row in rows]  # fmt: skip
+    lines += ["", "| task | stage | pairs won by completion | by cost | of these: steps of the winner, of the loser | winner slower |", "|---" * 6 + "|"]
+    lines += [cells(row["task"], row["stage"], row["completed"], row["cost"], text("{:.1f}, {:.1f}", row["won"], row["lost"]), text("{:.0%}", row["slower"]))
+              for row in rows if row["completed"] is not None]  # fmt: skip
     lines += ["", "| task | method | seeds | deviation of the advantages, updates 1, 2 | last 3 | explained variance, last 3 |", "|---" * 6 + "|"]
     between(DOCS / "results.md", "mechanism", "\n".join([*lines, *curve_rows()]))
 

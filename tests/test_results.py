@@ -1,13 +1,15 @@
-"""Figures are those of the rows in docs/results.jsonl: tables and plot are what benchmark/paper_table.py makes of them, and intervals follow by hand."""
+"""Figures are those of the rows in docs/*.jsonl: tables and plot are what benchmark/paper_table.py and mechanism.py make of them; some follow by hand."""
 import re
 import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import mechanism
 import paper_table
 
 
@@ -17,13 +19,14 @@ def rows(*successes, env_id="PickCube-v1"):
 
 
 def test_the_pages_hold_what_the_rows_say(tmp_path, monkeypatch):
-    """Else: python benchmark/paper_table.py"""
-    pages = ("README.md", "docs/results.md", "docs/results.jsonl")
+    """Else: python benchmark/paper_table.py, or mechanism.py"""
+    pages = ("README.md", "docs/results.md", "docs/results.jsonl", "docs/mechanism.jsonl")
     (tmp_path / "docs").mkdir()
     for page in pages:
         shutil.copy(ROOT / page, tmp_path / page)
-    monkeypatch.setattr(paper_table, "DOCS", tmp_path / "docs")
-    paper_table.main([])
+    for script in (paper_table, mechanism):
+        monkeypatch.setattr(script, "DOCS", tmp_path / "docs")
+        script.main([])
     assert [page for page in pages if (tmp_path / page).read_bytes() != (ROOT / page).read_bytes()] == []
     drawn, shipped = ((root / "docs/results.svg").read_text().count("<use ") for root in (tmp_path, ROOT))  # its coordinates may differ in a last digit
     assert drawn == shipped > 0
@@ -55,3 +58,20 @@ def test_the_overview_keeps_budgets_apart_and_gives_no_mean_of_an_incomplete_gro
     assert lines["PickCube-v1, long"]["PPO"] == "83.3 ± 28.9" and lines["PickCube-v1, long"]["SFT"] == "not run"
     assert lines["SimplerEnv mean without PutEggplant, turned"]["IPI"] == "50.0"
     assert set(lines["SimplerEnv mean"].values()) == set(lines["ManiSkill3 mean"].values()) == {"not run"} and "SimplerEnv mean, turned" not in lines
+
+
+def test_a_stage_row_by_hand():
+    """Two stages; two roll-outs finish the first after 3 and after 1 steps, the quicker one fails, a third never gets through."""
+    roll = lambda stage, distance, success: {"stage": torch.tensor(stage), "distance": torch.tensor(distance), "success": success, "init_seed": 0}  # noqa: E731
+    rollouts = [roll([0, 0, 0, 1], [0.2, 0.2, 0.2, 0.5], True), roll([0, 1, 1, 1], [0.5, 0.9, 0.9, 0.9], False), roll([0, 0, 0, 0], [0.7] * 4, False)]
+    reach, place = (mechanism.stage_row(k, 2, [(rollouts, mechanism.build_stage_pairs(rollouts, 2))]) for k in range(2))
+    assert reach["rollouts"] == 3 and place["rollouts"] == 2
+    # reach: the first roll-out wins by completion against the third, as the second does, and by cost, slower, against the second (0.2 < 0.5 a step)
+    assert [reach[key] for key in ("completed", "cost", "won", "lost", "slower")] == [2, 1, 3, 1, 1]
+    assert reach["corr_mean"] == round(np.corrcoef([0.2, 0.5, 0.7], [1, 0, 0])[0, 1], 3) and reach["corr_sum"] == round(
+        np.corrcoef([0.6, 0.5, 2.8], [1, 0, 0])[0, 1], 3)  # fmt: skip
+    assert reach["bare"] == reach["offset"] == [None, None]  # nobody enters it, all begin there
+    # place: phi = sigmoid(1 - d) / sigmoid(1) falls from d = 0.2 to 0.5 and from 0.5 to 0.9, k + phi rises
+    phi = (1 + np.exp(-1)) / (1 + np.exp(np.array([[0.2, 0.5], [0.5, 0.9]]) - 1))
+    falls = np.mean(phi[:, 1] - phi[:, 0])
+    assert np.allclose(place["bare"], [1, falls], atol=1e-3) and np.allclose(place["offset"], [0, 1 + falls], atol=1e-3)
