@@ -3,7 +3,7 @@
     python sta_ppo.py --env-id PickCube-v1                    # from the newest STA-TPO (else SFT) run of this env, else the shipped checkpoint
     python sta_ppo.py --env-id PickCube-v1 --reward sparse    # plain PPO, the ablation; --reward dense is ManiSkill's own reward
 
-  r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)),  Phi(s) = k + phi_k(s),  Phi of a terminal state = 0   (r' is the paper's; k + is ours, see README.md)
+  r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)),  Phi(s) = k + phi_k(s),  Phi of a terminal state = 0   (r' is the paper's; k + is ours, docs/sta_ppo.md)
   loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 + c_kl * KL(pi || pi_start)
 The ratio is that of the whole action (sum of its tokens' log-probabilities). Deviations from CleanRL's ppo.py and RL4VLA: a truncated episode
 is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once
@@ -91,7 +91,7 @@ class Args:
     gae_lambda: float = 0.5
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
-    """optimiser steps per epoch; num_envs * num_steps must divide by it"""
+    """optimiser steps per epoch; num_envs * num_steps must be a multiple of it"""
     update_epochs: int = 2
     """passes over each roll-out"""
     chunk_size: int = 128
@@ -108,7 +108,7 @@ class Args:
     """no further epoch in this update once the KL of an epoch's last minibatch exceeds this; without effect at --update-epochs 1"""
     critic_warmup: int = 2
     """updates in which the VLA's learning rate is 0 while Adam's second moments fill: an untrained critic punishes good actions, and Adam's
-    first steps are its largest. All momentum is then forgotten"""
+    first steps are its largest. All momentum is then forgotten and grows anew: of ten steps or so, the first are small"""
     lora_rank: int = 0
     """0 trains all weights; else LoRA matrices of this rank on the linear layers (not the vocabulary's head), merged into what is written"""
     learning_rate: float = 5e-5
@@ -329,8 +329,8 @@ def ppo_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float)
 
 
 def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
-    """mean (log pi - log pi_ref)^2 / 2: on the policy's own actions its gradient is that of KL(pi || pi_ref). Both (B,).
-    (The estimate ratio - 1 - log ratio has the value of that KL but the gradient of the other one, KL(pi_ref || pi).)"""
+    """mean (log pi - log pi_ref)^2 / 2: on the policy's own actions its gradient is that of KL(pi || pi_ref), though not its value. Both (B,).
+    (r - 1 - log r with r = pi_ref / pi has the value of that KL but the gradient of the other one, KL(pi_ref || pi).)"""
     assert logprob.shape == ref_logprob.shape, "shapes differ: this would broadcast"
     return 0.5 * (logprob - ref_logprob).square().mean()
 
@@ -379,7 +379,7 @@ def main(args: Args) -> None:
     (rank, world, device), threads = join_processes(args.cuda), torch.get_num_threads()
     T, N = args.num_steps, args.num_envs
     if T * N % args.num_minibatches or T * N == 1:
-        raise UserError(f"num_envs * num_steps = {T * N} does not divide by --num-minibatches {args.num_minibatches}")
+        raise UserError(f"num_envs * num_steps = {T * N} must be a multiple of --num-minibatches {args.num_minibatches}, and more than 1")
     args.batch_size = world * T * N
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = -(-args.total_timesteps // args.batch_size)
@@ -447,7 +447,7 @@ def main(args: Args) -> None:
 
     @torch.no_grad()
     def stage_of(obs: dict, info: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stage (N,) and Phi (N,) of states: by the rules, or as the learned separator sees them, step by step."""
+        """STARE: stage (N,) and Phi (N,) of states: by the rules, or as the learned separator sees them, step by step."""
         if separator is None:
             stage, phi = info["stage"].to(device), info["potential"].to(device)
             return stage, torch.where(silent[stage], stage, phi)
@@ -517,7 +517,7 @@ def main(args: Args) -> None:
         if iteration < args.critic_warmup:
             optimizer.param_groups[0]["lr"] = 0.0  # the VLA stands still while Adam's second moments fill
 
-        # TRY NOT TO MODIFY: roll-out, in one torch thread: the env processes are the parallelism
+        # Roll-out, in one torch thread: the env processes are the parallelism
         torch.set_num_threads(1)
         rows = []  # of the episodes that end in it
         for t, n, now_obs, reward, term, trunc, info in envs.play(act, T):
@@ -641,7 +641,7 @@ def main(args: Args) -> None:
         for key in recent[0] if recent else ():
             known = [row[key] for row in recent if not math.isnan(row[key])]
             scalars |= {key: float(np.mean(known))} if known else {}
-        first = first or (scalars if iteration % fresh == 0 else {})  # the first complete round of episodes
+        first = first or (scalars if iteration % fresh == 0 and iteration - begun_at >= fresh else {})  # the first complete round of episodes
         for line in set(ppo_symptoms(first or scalars, scalars, 0.5 if model.dtype == torch.bfloat16 else 0.05)) - warned:
             print(f"warning: {line}")
             warned.add(line)

@@ -404,7 +404,7 @@ def env_ids(text: str) -> list[str]:
         if name not in TASKS:
             near = ", ".join(difflib.get_close_matches(name, [*TASKS, *ALIASES], n=3, cutoff=0.3) or TASKS)
             what = "ManiSkill knows it, TASKS in stare_utils.py does not yet" if name in REGISTERED_ENVS else f"the nearest known: {near}"
-            raise UserError(f"no task for --env-id {name!r}: {what}. docs/tasks.md adds one in 20 lines")
+            raise UserError(f"no task for --env-id {name!r}: {what}. docs/tasks.md adds one in 25 lines")
     return ids
 
 def get_task(env_id: str) -> Task:
@@ -459,7 +459,7 @@ def stage_costs(distance: Tensor, segment: Tensor, num_stages: int) -> Tensor:
 
 def shape_rewards(rewards: Tensor, potentials: Tensor, next_potentials: Tensor, terminated: Tensor, gamma: float, weight: float) -> Tensor:
     """Potential-based shaping (Ng, Harada, Russell 1999; the paper's r'): r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)).
-    All (T, N). `next_potentials[t]` is Phi of the true next state (of the final observation at an episode's end). It counts as 0
+    All of one shape, (T, N) or (N,). `next_potentials[t]` is Phi of the true next state (of the final observation at an episode's end). It counts as 0
     where `terminated`, else the optimal policy would change; a truncated episode goes on, so there it stays."""
     assert rewards.shape == potentials.shape == next_potentials.shape == terminated.shape, "shapes differ: this would broadcast"
     return rewards + weight * (gamma * torch.where(terminated, 0.0, next_potentials) - potentials)
@@ -556,7 +556,7 @@ class StageEnv:
         stock_camera: bool = False, ood: str = "none", render: bool = True, control_mode: str = "", image_size: int = IMAGE_SIZE,
     ):  # fmt: skip
         """reward: "sparse" is 1 on a success step and else 0; "dense" is ManiSkill's normalized_dense. potential, potential_across_stages: see
-        stage_potential and stage_signals. max_episode_steps: None is the registered horizon. stock_camera, ood: see scene_class. render=False: no
+        stage_potential and stage_signals. max_episode_steps: None is the task's horizon. stock_camera, ood: see scene_class. render=False: no
         `rgb`, and no renderer is needed. control_mode: "" is the arm's. image_size: of `rgb`, square. full_meshes: draw what nobody sees, too."""
         (env_id,) = env_ids(env_id)
         self.task, self.num_envs, self.backend, self.dense, self.render = TASKS[env_id], num_envs, backend, reward == "dense", render
