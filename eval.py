@@ -12,7 +12,6 @@ configurations: each is played once, a greedy repeat would be no new trial.
 Letters: N envs, T steps, K stages, A action dimensions, B batch, D hidden width.
 """
 import contextlib
-import io
 import json
 import math
 import subprocess
@@ -161,7 +160,7 @@ def draw(rgb: torch.Tensor, stage_name: str, potential: float, success: bool) ->
 def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
     """An mp4 grid (4 columns) of episodes, each a list of T frames; written beside its place and renamed."""
     columns = min(4, len(episodes))
-    episodes = episodes[: len(episodes) // columns * columns]
+    episodes = episodes + [[np.zeros_like(frame) for frame in episodes[0]]] * (-len(episodes) % columns)  # black, to fill the last row
     with imageio.get_writer(path.with_suffix(".tmp.mp4"), fps=10, macro_block_size=None) as writer:
         for frames in zip(*episodes, strict=True):
             writer.append_data(np.concatenate([np.concatenate(frames[i : i + columns], 1) for i in range(0, len(frames), columns)], 0))
@@ -220,7 +219,7 @@ def evaluate(
         return vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins)
 
     while len(rows) < num_episodes:
-        obs, info = envs.reset(seed=[EVAL_SEED + 100_000 * seed + len(rows) + i for i in range(N)])
+        obs, info = envs.reset(seed=[EVAL_SEED + (100_000 * seed + len(rows) + i) % 2**31 for i in range(N)])
         once, returns, film = torch.zeros(N, dtype=torch.bool), torch.zeros(N), [[] for _ in range(N)]
         reported = {name: torch.full((N,), math.nan) for name in task.report}
         # (T, N, ...): stage by the rules, the separator's log-probabilities, over yet
@@ -264,13 +263,13 @@ def mean_rows(rows: list[dict], num_stages: int) -> dict:
     }
 
 
-def print_table(results: list[dict]) -> None:
-    """A row per result: success with its interval, where the episodes are lost, and the paired difference to the row before."""
+def result_table(results: list[dict]) -> str:
+    """Text with a row per result: success with its interval, where the episodes are lost, and the paired difference to the row before."""
     if len({result["env_id"] for result in results}) > 1:
         raise UserError(f"these results are of different tasks: {', '.join(result['env_id'] for result in results)}")
     task = stare_utils.get_task(results[0]["env_id"])
     columns = " ".join(f"{name:>9s}" for name in task.stages)
-    print(f"{'method':10s} {'success_once [95 %]':>22s} {'at_end':>7s}   {columns}   difference to the row above [95 %]")
+    lines = [f"{'method':10s} {'success_once [95 %]':>22s} {'at_end':>7s}   {columns}   difference to the row above [95 %]"]
     for before, result in zip([None, *results], results, strict=False):
         n = len(result["episodes"])
         low, high = wilson(result["success_once"] * n, n)
@@ -278,18 +277,21 @@ def print_table(results: list[dict]) -> None:
         line = f"{result['method']:10s} {100 * result['success_once']:6.1f} % [{100 * low:4.1f}, {100 * high:5.1f}] {100 * result['success_at_end']:5.1f} %   "
         line += " ".join(f"{100 * p:7.1f} %" for p in funnel)
         if before:
-            line += "   {difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**paired_difference(before["episodes"], result["episodes"]))
-        print(line)
+            line += "   {difference:+.3f} [{low:+.3f}, {high:+.3f}], {num_episodes} pairs".format(**paired_difference(before["episodes"], result["episodes"]))
+        lines.append(line)
         for name in task.report:
             values = [row[name] for row in result["episodes"] if row["success_once"]]
-            print(f"{'':10s} {name} at success: median {np.median(values or math.nan):.3f}, largest {np.max(values, initial=0):.3f}")
-    print(f"{task.instruction!r}: {n} greedy episodes each; a stage's column is P(stage completed | stage before completed)")
+            lines.append(f"{'':10s} {name} at success: median {np.median(values or math.nan):.3f}, largest {np.max(values, initial=0):.3f}")
+    n = ", ".join(str(len(result["episodes"])) for result in results)
+    lines.append(f"{task.instruction!r}: {n} greedy episodes; a stage's column is P(stage completed | stage before completed)")
+    return "\n".join(lines)
 
 
 def read_results(path: str) -> dict:
     """A results.json of this script. Raises UserError on anything else."""
     try:
         result = json.loads(Path(path).read_text())
+        _ = [(row["seed"], row["success_once"]) for row in result["episodes"]]  # what the comparison reads
         return {name: result[name] for name in ("method", "env_id", "success_once", "success_at_end", "stage_reach_rate", "episodes")}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"cannot read {path}: --compare takes results.json files written by eval.py") from None
@@ -320,7 +322,7 @@ def write_summary(run: Path, name: str, row: dict, trained: dict, table: str) ->
             axis.set_title(key, fontsize=9)
         figure.savefig(run / "curves.png")
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "mani_skill", "sapien", "numpy"))
-    text = f"# {row['method']} on {row['env_id']}\n\n```\n{table}```\n\n![stages](stages{suffix}.png)\n\n" + "![curves](curves.png)\n\n" * bool(shown)
+    text = f"# {row['method']} on {row['env_id']}\n\n```\n{table}\n```\n\n![stages](stages{suffix}.png)\n\n" + "![curves](curves.png)\n\n" * bool(shown)
     text += f"Trained by `{trained.get('command', 'unknown')}` ({trained.get('env_steps')} env steps, {trained.get('wall_s')} s), evaluated by "
     text += f"`{row['command']}` at commit {row['commit'] or 'unknown'}. Python {sys.version.split()[0]}, {versions}. Every flag: checkpoint/args.json.\n"
     write_text(run / f"summary{suffix}.md", text)
@@ -328,15 +330,16 @@ def write_summary(run: Path, name: str, row: dict, trained: dict, table: str) ->
 
 def main(args: Args) -> None:
     if args.compare:
-        return print_table([read_results(path) for path in args.compare])
+        return print(result_table([read_results(path) for path in args.compare]))
     if args.vla and not (args.env_id and args.output_dir):
         raise UserError("--vla needs --env-id, and --output-dir for the results")
     if not (args.vla or args.checkpoint):
         raise UserError("--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
-    stare_utils.check_numbers(asdict(args), {"num_eval_episodes": 1, "num_envs": 1, "seed": 0})
+    stare_utils.check_args(asdict(args), {"num_eval_episodes": 1, "num_envs": 1})
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     model, processor, folder = load_policy(args.vla or args.checkpoint, device)
-    env_ids = stare_utils.env_ids(args.env_id) if args.env_id else list(model.config.norm_stats)
+    ours = [key for key in model.config.norm_stats if key in stare_utils.TASKS]  # an OpenVLA's data sets stand there too
+    env_ids = stare_utils.env_ids(args.env_id or ",".join(ours or model.config.norm_stats))
     texts = {}
     for env_id in env_ids:
         stare_utils.check_world(env_id, args.full_meshes)
@@ -366,10 +369,8 @@ def main(args: Args) -> None:
                "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1), "ood": args.ood,
                "instructions": texts[env_id], "commit": commit, "command": " ".join(["python", *sys.argv])}  # fmt: skip
         write_text(output / f"{name}.json", json.dumps({**row, **result}))
-        with contextlib.redirect_stdout(io.StringIO()) as table:
-            print_table([{**row, **result}])
-        print(table.getvalue(), end="")
-        write_summary(output, name, {**row, **result}, trained, table.getvalue())
+        print(table := result_table([{**row, **result}]))
+        write_summary(output, name, {**row, **result}, trained, table)
         if separator is not None:
             print("learned separator against the rules: causal {causal_accuracy:.3f}, Viterbi {viterbi_accuracy:.3f} of {num_steps} steps right; boundaries "
                   "{boundary_error:.2f} steps off, {boundary_missed:.3f} of them missed or made up".format(**result["separator"]))  # fmt: skip

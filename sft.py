@@ -236,7 +236,7 @@ def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
             twist = torch.where(info["elapsed_steps"].cpu() == 0, torch.from_numpy(rng.integers(-args.demo_twist, args.demo_twist + 1, args.num_envs)), twist)
             played[:, 5] = torch.where(info["elapsed_steps"].cpu() < twist.abs(), twist.sign() * limit[5], played[:, 5])
             noise[:, 3:] = 0  # translation alone: a disturbed wrist is out of the expert's reach
-            action = (played + limit * noise * (torch.rand(args.num_envs, 1) < 0.5)).clamp(-limit, limit)
+            action = (played + limit * noise * torch.from_numpy(rng.random((args.num_envs, 1)) < 0.5)).clamp(-limit, limit)
             begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_pause) & (slip_left == 0) & (pause_left == 0)
             pause_left[begin] = torch.from_numpy(rng.integers(2, 7, args.num_envs))[begin]
             label[pause_left > 0, :-1] = 0
@@ -303,9 +303,9 @@ def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_
                 stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
                 stage[stage >= len(TASKS[env_id].stages)] = -1  # some episodes begin in success, which is no stage
                 T, numbers = len(actions), [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 8)]
-                if (T == 0 or rgb.ndim != 4 or (len(rgb), rgb.shape[3]) != (T, 3) or rgb.dtype != np.uint8 or stage.shape != (T,)
+                if (T == 0 or rgb.shape != (T, image_size, image_size, 3) or rgb.dtype != np.uint8 or stage.shape != (T,)
                         or any(x.shape != (T, width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
-                    raise UserError(f"{path} episode {episode['episode_id']}: shapes that do not fit, or numbers that are none: record it again")
+                    raise UserError(f"{path} episode {episode['episode_id']}: wrong shapes, or numbers that are none: record it again for this policy")
                 frames.append((rgb, proprio, actions, where, stage))
         horizon = TASKS[env_id].max_episode_steps
         if (late := sum(len(part[0]) > horizon for part in frames)) > 0.1 * len(frames):
@@ -327,17 +327,16 @@ def main(args: Args) -> None:
     start = time.time()
     env_ids = stare_utils.env_ids(args.env_id)
     args.env_id, paths = ",".join(env_ids), [Path(path) for path in args.demo_path.split(",") if path]
-    sizes, others = ("num_envs", "num_demos", "num_updates", "batch_size", "chunk_size", "save_freq"), ("lora_rank", "num_eval_episodes", "seed", "demo_twist")
-    stare_utils.check_numbers(asdict(args), dict.fromkeys(sizes, 1) | dict.fromkeys(others, 0))
+    stare_utils.check_args(asdict(args), dict.fromkeys(("num_envs", "num_demos", "num_updates", "batch_size", "chunk_size", "save_freq"), 1))
     if paths and len(paths) != len(env_ids):
         raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")
     rank, world, device = join_processes(args.cuda)
-    set_seed(args.seed)
+    set_seed(args.seed % 2**32)
     for env_id in env_ids:
         stare_utils.check_world(env_id)  # everything that can be wrong with the input is found before the run folder is made
     state = load_state(Path(args.output_dir), "sft", rank) if args.resume and args.output_dir else None
     begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())} if state else asdict(args)
-    if other := [name for name in ("lora_rank", "vla") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base
+    if other := [name for name in ("env_id", "lora_rank", "vla") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base
         raise UserError(f"{args.output_dir} was begun with {other[0]} = {begun[other[0]]}, not {getattr(args, other[0])}: resume with the same")
     begin = args.output_dir if state and not args.lora_rank else args.vla  # LoRA goes on from the first policy and its adapter: a checkpoint is merged
     if begin != "tiny":
@@ -351,16 +350,18 @@ def main(args: Args) -> None:
     demos = [read_demos(path, env_id, args.num_demos, processor.image_size) for path, env_id in zip(paths, env_ids, strict=True)] if paths else []
     output, writer = open_run(args, "sft", rank)
     for env_id in env_ids[len(demos) :]:
-        if rank == 0 and not (output / f"demos_{env_id}.h5").exists():
-            collect_demos(output / f"demos_{env_id}.h5", env_id, args, processor.image_size)
+        if (file := output / f"demos_{env_id}.h5").exists():
+            print(f"{file} is there: --num-demos and the other --demo flags are those that it was made with")
+        elif rank == 0:
+            collect_demos(file, env_id, args, processor.image_size)
         if world > 1:
             dist.barrier()  # the others wait
-        demos.append(read_demos(output / f"demos_{env_id}.h5", env_id, args.num_demos, processor.image_size))
+        demos.append(read_demos(file, env_id, args.num_demos, processor.image_size))
     rgb, proprio, actions, where, stages = (torch.cat(parts) for parts in zip(*demos, strict=True))
     which = torch.repeat_interleave(torch.arange(len(env_ids)), torch.tensor([len(part[0]) for part in demos]))  # (M,) task of each frame
     # A policy keeps the units it was trained in: those of its proprioception, and those of the actions of each task that it knows
     known, pooled = model.config.norm_stats, {"mean": proprio.mean(0).tolist(), "std": proprio.std(0).clamp(min=1e-3).tolist()}
-    pooled = next((known[env_id]["proprio"] for env_id in known if "proprio" in known[env_id]), pooled)
+    pooled = next((known[env_id]["proprio"] for env_id in known if model.config.proprio_dim and "proprio" in known[env_id]), pooled)
     stats = [known.get(env_id) or {"action": action_stats(part[2], env_id), "proprio": pooled} for env_id, part in zip(env_ids, demos, strict=True)]
     model.config.norm_stats = {**known, **dict(zip(env_ids, stats, strict=True))}
     bins = torch.cat([vla.tokenize_actions(part[2], s["action"]) for part, s in zip(demos, stats, strict=True)])
@@ -388,7 +389,7 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         index = torch.randint(len(rgb), (world * args.batch_size,), generator=generator)
         mb_bins = vla.blur_bins(bins[index], args.label_jitter, model.config.n_action_bins, generator).to(device)
-        mb_bins[:, -1] = bins[index, -1].to(device)  # the gripper knows two commands and nothing between
+        mb_bins[:, -1] = bins[index, -1].to(device)  # the gripper knows a few commands and nothing between
         cosine = 0.5 * (1 + np.cos(np.pi * step / args.num_updates))
         optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 100, cosine)
         optimizer.zero_grad()

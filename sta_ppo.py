@@ -370,8 +370,7 @@ def main(args: Args) -> None:
         raise UserError("--env-id takes one task here; sft.py and eval.py take several")
     task = stare_utils.get_task(args.env_id)
     sizes = ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "chunk_size", "save_freq")
-    others = ("lora_rank", "critic_warmup", "eval_freq", "num_eval_episodes", "seed")
-    stare_utils.check_numbers(asdict(args), dict.fromkeys(sizes, 1) | dict.fromkeys(others, 0))
+    stare_utils.check_args(asdict(args), dict.fromkeys(sizes, 1) | {"shaping_weight": -math.inf})
     if args.stage_source == "learned" and (args.potential, args.potential_across_stages, args.silent_stages) != ("sigmoid", "offset", ""):
         raise UserError("--stage-source learned knows no distances, its Phi is k alone: leave out --potential, --potential-across-stages, --silent-stages")
     if args.silent_stages and not (set(args.silent_stages.split(",")) <= set(task.stages) and args.potential_across_stages == "offset"):
@@ -402,13 +401,13 @@ def main(args: Args) -> None:
         raise UserError(f"{args.output_dir} was begun from {source}, not from {given}: choose another --output-dir")
     if state:
         begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
-        for name, flags in (("batch_size", "num_envs * num_steps * processes"), ("lora_rank", "--lora-rank")):
+        for name, flags in (("env_id", "--env-id"), ("batch_size", "num_envs * num_steps * processes"), ("lora_rank", "--lora-rank")):
             if begun[name] != getattr(args, name):
                 raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
     # LoRA goes on from the first policy and its adapter: what a checkpoint holds is merged
     model, processor, folder = load_policy(args.output_dir if state and not args.lora_rank else source, device)
     stats = task_stats(model, args.env_id, args.unnorm_key)
-    set_seed(args.seed)
+    set_seed(args.seed % 2**32)
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
     if not (learned := vla.load_separator(folder, args.env_id, device) if args.stage_source == "learned" else (None, None)):
         raise UserError(f"no learned separator of {args.env_id} behind this policy: sft.py trains one on demonstrations that it makes itself")

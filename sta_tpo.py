@@ -314,7 +314,9 @@ def build_stage_pairs(
                     continue
                 candidates.append({"stage": k, "chosen": chosen, "rejected": rejected, "reason": reason,
                                    "cost_chosen": costs[chosen][k], "cost_rejected": costs[rejected][k]})  # fmt: skip
-            candidates.sort(key=lambda pair: (pair["reason"] != "completed", pair["cost_chosen"] - pair["cost_rejected"]))  # then the widest gaps
+            # Then the widest gaps; where all are alike, a roll-out is in as few of the first pairs as can be
+            candidates.sort(key=lambda pair: (pair["reason"] != "completed", pair["cost_chosen"] - pair["cost_rejected"],
+                                              (pair["rejected"] - pair["chosen"]) % len(group)))  # fmt: skip
             pairs += candidates[:max_pairs_per_stage]
     return pairs
 
@@ -458,18 +460,21 @@ def main(args: Args) -> None:
         raise UserError("--env-id takes one task here; sft.py and eval.py take several")
     task = stare_utils.get_task(args.env_id)
     sizes = ("num_envs", "num_initial_states", "max_pairs_per_stage", "num_epochs", "batch_size", "chunk_size", "save_freq")
-    stare_utils.check_numbers(asdict(args), dict.fromkeys(sizes, 1) | {"rollouts_per_state": 2, "lora_rank": 0, "num_eval_episodes": 0, "seed": 0})
-    if args.preferences and (args.export_pairs or not Path(args.preferences).is_file()):
-        raise UserError(f"cannot read {args.preferences}: --preferences takes the pairs.jsonl of an earlier --export-pairs")
-    if args.export_pairs and Path(args.export_pairs).is_dir() and any(Path(args.export_pairs).iterdir()):
-        raise UserError(f"{args.export_pairs} is not empty: choose another --export-pairs")
+    stare_utils.check_args(asdict(args), dict.fromkeys(sizes, 1) | {"rollouts_per_state": 2, "cost_sign": -1})
+    if args.preferences and (args.export_pairs or not args.resume or not Path(args.preferences).is_file()):
+        raise UserError(f"--preferences {args.preferences} must be the pairs.jsonl of an earlier --export-pairs; it goes with --resume, without --export-pairs")
+    if args.export_pairs and (path := Path(args.export_pairs)).exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"{path} is not an empty folder: choose another --export-pairs")
     rank, world, device = join_processes(args.cuda)
     given, record, resume = args.vla or args.checkpoint, Path(args.output_dir) / "source.txt", args.resume and args.output_dir
     recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir), "sta_tpo", rank) if resume else None
     if recorded and given and Path(recorded).resolve() != load_policy(given, device)[2].resolve():
         raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {given}: choose another --output-dir")
-    if state and (begun := json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text()).get("lora_rank", 0)) != args.lora_rank:
-        raise UserError(f"{args.output_dir} was begun with --lora-rank = {begun}, not {args.lora_rank}: resume with the same")
+    if state:
+        begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
+        for name, flags in (("env_id", "--env-id"), ("lora_rank", "--lora-rank")):
+            if begun[name] != getattr(args, name):
+                raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
     source = recorded or given or find_checkpoint(args.env_id, ("sft",))  # a resumed run keeps its roll-outs' policy
     model, processor, source = load_policy(source, device)
     if not (learned := vla.load_separator(source, args.env_id, device) if args.stage_source == "learned" else (source, None)):
@@ -478,7 +483,7 @@ def main(args: Args) -> None:
     sft_model = model if sft_folder == source else load_policy(sft_folder, device)[0]
     stats = task_stats(model, args.env_id, args.unnorm_key)
     active = ~vla.constant_dims(stats["action"])
-    set_seed(args.seed)
+    set_seed(args.seed % 2**32)
     stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_tpo", rank)
     if rank == 0:
@@ -511,7 +516,7 @@ def main(args: Args) -> None:
         raise UserError("no pair: all roll-outs ended alike. Raise --num-initial-states or --rollouts-per-state, or start from a better policy")
     digest = zlib.crc32(json.dumps([pairs, world * args.batch_size]).encode())
     if state and state["pairs"] != digest:
-        raise UserError(f"{output} was trained on other pairs or batches: remove {output / 'checkpoint'} to train anew, or choose another --output-dir")
+        raise UserError(f"{output} was trained on other pairs or batches: remove {output / 'checkpoint'}* to train anew, or choose another --output-dir")
     print_pairs(pairs, rollouts, stages)
     if args.export_pairs:
         return export_pairs(Path(args.export_pairs), pairs, rollouts, names, task, args, output) if rank == 0 else None
@@ -545,10 +550,11 @@ def main(args: Args) -> None:
         sum_over_processes([out])
         return out.cpu()
 
+    params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)  # first, for the dtype; a new adapter changes nothing
     ref_logprobs = shared_logprobs(torch.arange(used), "reference")  # the policy before its first step
     if state and not args.lora_rank:
         model, processor, _ = load_policy(str(output), device)
-    params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
+        params = vla.prepare_training(model, 0, args.gradient_checkpointing)
     model.train(args.gradient_checkpointing)
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     batch_size, step, warned = world * args.batch_size, 0, set()  # of all processes

@@ -8,6 +8,7 @@ A task is one entry of `TASKS`: to add one, write a function that reads its stat
 import contextlib
 import difflib
 import fcntl
+import importlib.util
 import logging
 import math
 import multiprocessing
@@ -110,13 +111,16 @@ def one_line_errors():
     print(f"error: {line}" if code == 2 else line, file=sys.stderr)
     sys.exit(code)
 
-def check_numbers(given: dict, least: dict[str, float]) -> None:
-    """Raises UserError where a number of the command line, by its argument's name, is below its least or not finite."""
+def check_args(given: dict, least: dict[str, float]) -> None:
+    """Raises UserError where a number of the command line is not finite or below its least (by its argument's name, else 0), and where --track or
+    --backend ask for what is not here."""
     for name, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name.replace('_', '-')} must be a finite number, not {value}")
-        if name in least and value < least[name]:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= least.get(name, 0)):
+            raise UserError(f"--{name.replace('_', '-')} must be a finite number, at least {least.get(name, 0)}, not {value}")
+    if given.get("track") and not importlib.util.find_spec("wandb"):
+        raise UserError("--track needs wandb: `pip install wandb`, or leave it out")
+    if given.get("backend") == "cuda" and not torch.cuda.is_available():
+        raise UserError("--backend cuda needs an NVIDIA GPU: leave it out")
 
 def lock_run(folder: Path, held: dict[Path, int] = {}) -> None:  # noqa: B006  one for all calls: the locks that this process holds until it ends
     """Keeps other processes out of a run's folder. Raises UserError when one is in it."""
@@ -638,6 +642,7 @@ class StageEnv:
     def observe_state(self, state: dict) -> State:
         """The observation, with `geometry`, of a recorded ManiSkill state, which replaces the present one (batch 1)."""
         self.base.set_state_dict(state)
+        self.base.agent.controller.controllers["arm"].reset()  # its target, where it has one, is that of the last reset
         self.state = self.task.observe(self.base)
         return {**self.observation(self.base.get_obs()), "geometry": geometry(self.state)}
 

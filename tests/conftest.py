@@ -102,13 +102,13 @@ def prompt(processor, obs: dict, text: list[str] | None = None):
     return processor(obs["rgb"], text or [TASK.instruction] * len(obs["rgb"]), obs["proprio"], STATS["proprio"])
 
 
-def write_demos(path: Path, env_id="PickCube-v1", control_mode=TASK.arm.control_mode, actions=True, lengths=(6, 9)) -> Path:
-    """Invented demonstrations in ManiSkill's format: path (.h5) and the .json beside it."""
+def write_demos(path: Path, env_id="PickCube-v1", control_mode=TASK.arm.control_mode, actions=True, lengths=(6, 9), size=128) -> Path:
+    """Invented demonstrations in ManiSkill's format, of pictures of size x size: path (.h5) and the .json beside it."""
     rng, episodes = np.random.default_rng(0), []
     with h5py.File(path, "w") as file:
         for i, length in enumerate(lengths):
             obs, group = frames(length + 1, seed=i), file.create_group(f"traj_{i}")
-            group["obs/sensor_data/base_camera/rgb"], group["obs/proprio"] = obs["rgb"].numpy(), obs["proprio"].numpy()
+            group["obs/sensor_data/base_camera/rgb"], group["obs/proprio"] = obs["rgb"][:, :size, :size].numpy(), obs["proprio"].numpy()
             group["geometry"] = rng.uniform(-0.2, 0.2, (length, 8)).astype(np.float32)
             if actions:
                 group["actions"] = rng.uniform(-1, 1, (length, 7)).astype(np.float32)

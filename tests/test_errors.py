@@ -170,7 +170,7 @@ def test_checkpoint_with_half_a_file(spoil, copy, refuses):
 @pytest.mark.parametrize(
     ("words", "spoil"),
     [("no actions", {"actions": False}), ("pd_joint_pos", {"control_mode": "pd_joint_pos"}), ("not PickCube-v1", {"env_id": "StackCube-v1"}),
-     ("no successful", {"lengths": ()})],
+     ("no successful", {"lengths": ()}), ("for this policy", {"size": 64})],
 )  # fmt: skip
 def test_demonstrations_that_do_not_fit(words, spoil, tmp_path, refuses):
     refuses("sft", words, "--demo-path", write_demos(tmp_path / "demos.h5", **spoil))
@@ -190,10 +190,19 @@ def test_sizes_that_do_not_divide(checkpoint, refuses):
 @pytest.mark.parametrize(
     ("script", "flag", "value"),
     [("sft", "--batch-size", 0), ("sft", "--num-demos", 0), ("sta_tpo", "--rollouts-per-state", 1), ("sta_tpo", "--chunk-size", 0),
-     ("sta_ppo", "--num-steps", 0), ("sta_ppo", "--num-minibatches", 0), ("eval", "--num-eval-episodes", 0)],
+     ("sta_ppo", "--num-steps", 0), ("sta_ppo", "--num-minibatches", 0), ("eval", "--num-eval-episodes", 0),
+     ("sft", "--learning-rate", -1e-3), ("sft", "--demo-noise", -0.1), ("sta_tpo", "--beta", -5.0), ("sta_tpo", "--cost-margin", -1.0),
+     ("sta_ppo", "--max-grad-norm", -1.0), ("sta_ppo", "--clip-coef", -0.2), ("sta_ppo", "--gamma", float("nan"))],
 )  # fmt: skip
-def test_sizes_too_small(script, flag, value, checkpoint, refuses):
+def test_numbers_that_would_turn_a_loss_or_a_loop_around(script, flag, value, checkpoint, refuses):
     refuses(script, flag, *start(script, checkpoint), flag, value)
+
+
+@pytest.mark.parametrize(("script", "flags"), [("sft", ["--track"]), ("eval", ["--backend", "cuda"]), ("sta_ppo", ["--backend", "cuda"])])
+def test_what_is_not_here_is_said_before_anything_is_made(script, flags, checkpoint, refuses, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refuses(script, f"{flags[0]} {' '.join(flags[1:])}".strip() + " needs", *start(script, checkpoint), *flags)
 
 
 def test_results_that_cannot_be_compared(tmp_path, refuses):
@@ -203,8 +212,9 @@ def test_results_that_cannot_be_compared(tmp_path, refuses):
         (tmp_path / f"{name}.json").write_text(json.dumps({**row, "episodes": episodes}))
     refuses("eval", "share fewer than two seeds", "--compare", tmp_path / "a.json", tmp_path / "b.json")
     refuses("eval", "cannot read", "--compare", tmp_path / "a.json", tmp_path / "nowhere.json")
-    (tmp_path / "a.json").write_text("{}")
-    refuses("eval", "cannot read", "--compare", tmp_path / "a.json", tmp_path / "b.json")
+    for text in ("{}", json.dumps({**row, "episodes": [{"success_once": False}]})):
+        (tmp_path / "a.json").write_text(text)
+        refuses("eval", "cannot read", "--compare", tmp_path / "a.json", tmp_path / "b.json")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Human preferences: pairs go out as clips, a person's verdicts come back as pairs. And the lines that name what is wrong with a run."""
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -129,12 +130,13 @@ def test_a_line_that_cannot_be_read_is_named_by_number(words, change, exported):
 def test_files_without_verdicts_or_of_another_kind(exported, tpo, tmp_path):
     with pytest.raises(UserError, match="no verdict yet"):
         read(exported)
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="is not an empty folder"):
         tpo("--export-pairs", exported)
-    with pytest.raises(UserError, match="cannot read"):
-        tpo("--preferences", tmp_path / "nowhere.jsonl")
-    with pytest.raises(UserError, match="cannot read"):
-        tpo("--preferences", exported / "pairs.jsonl", "--export-pairs", tmp_path / "other")
+    flags = (["--resume", "--preferences", tmp_path / "nowhere.jsonl"], ["--preferences", exported / "pairs.jsonl"],
+             ["--resume", "--preferences", exported / "pairs.jsonl", "--export-pairs", tmp_path / "other"])  # fmt: skip
+    for wrong in flags:
+        with pytest.raises(UserError, match="it goes with --resume, without --export-pairs"):
+            tpo(*wrong)
     (exported / "pair_0000.mp4").rename(exported / "pairs.jsonl")
     with pytest.raises(UserError, match="line 1 cannot be read"):
         read(exported)
@@ -144,6 +146,27 @@ def test_other_pairs_are_not_trained_on_top_of_a_finished_run(tpo):
     run = tpo("--num-epochs", 1)
     with pytest.raises(UserError, match="was trained on other pairs"):
         tpo("--resume", "--max-pairs-per-stage", 2, output=run)
+    with pytest.raises(UserError, match="begun with --env-id = PickCube-v1, not PushCube-v1"):
+        tpo("--resume", "--env-id", "PushCube-v1", output=run)
+
+
+def test_a_bfloat16_policy_starts_at_ln_2_too(tpo, monkeypatch):
+    """Without LoRA it is trained in float32, and so must its reference be."""
+    load_policy = sta_tpo.load_policy
+
+    def load(*args):
+        model, *rest = load_policy(*args)
+        return model.bfloat16(), *rest
+
+    monkeypatch.setattr(sta_tpo, "load_policy", load)
+    curves = scalars(tpo("--num-epochs", 1, "--cost-coef", 0))
+    assert curves["losses/tpo_loss"][0] == pytest.approx(math.log(2), abs=1e-6) and curves["rewards/margins"][0] == pytest.approx(0, abs=1e-5)
+
+
+def test_without_distances_the_pairs_kept_are_of_as_many_rollouts_as_can_be():
+    rollouts = [{"init_seed": 0, "stage": torch.zeros(3, dtype=torch.long), "distance": torch.zeros(3), "success": i % 2 == 0} for i in range(8)]
+    pairs = sta_tpo.build_stage_pairs(rollouts, 1, max_pairs_per_stage=4)
+    assert sorted(i for pair in pairs for i in (pair["chosen"], pair["rejected"])) == list(range(8))
 
 
 def test_pairs_of_the_learned_separator_know_no_distance(tpo, monkeypatch):

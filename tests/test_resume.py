@@ -40,6 +40,8 @@ def test_sft_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
                  "--lora-rank", lora_rank, "--vla", vla, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
     with pytest.raises(UserError, match=f"begun with lora_rank = {lora_rank}, not 3"):
         call(sft, "--demo-path", demos, "--lora-rank", 3, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
+    with pytest.raises(UserError, match="begun with env_id = PickCube-v1, not PushCube-v1"):
+        call(sft, "--env-id", "PushCube-v1", "--lora-rank", lora_rank, "--vla", vla, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
     with pytest.raises(UserError, match="begun with vla = .*, not /another"):
         call(sft, "--demo-path", demos, "--lora-rank", lora_rank, "--vla", "/another", "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
 
