@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's comparison with the tiny VLA: eight methods on each task, from one SFT checkpoint of the task, at equal env-step budgets.
 #   SEEDS="1 2 3" STEPS=9600 METHODS="STA-TPO IPI" benchmark/paper_table.sh [ENV_ID ...]     # then: python benchmark/paper_table.py runs/*__paper
-# Another budget has a name and a table of its own, and an imitation of its own (SFT_FLAGS are sft.py's; shipped for long and quick on StackCube-v1, turned on SimplerEnv's):   NAME=long STEPS=38400 DEMOS=1000 UPDATES=2500 PPO_FLAGS=--anneal-lr METHODS="STA-TPO IPI PPO" benchmark/paper_table.sh StackCube-v1
+# Another budget has a name and a table of its own, and an imitation of its own (SFT_FLAGS are sft.py's; shipped for long, quick and rough on StackCube-v1, turned on SimplerEnv's):   NAME=long STEPS=38400 DEMOS=1000 UPDATES=2500 PPO_FLAGS=--anneal-lr METHODS="STA-TPO IPI PPO" benchmark/paper_table.sh StackCube-v1
 # A machine with a GPU and many cores takes chains side by side, once the first line is done:
 #   METHODS= benchmark/paper_table.sh StackCube-v1
 #   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
