@@ -157,7 +157,7 @@ def test_all_scripts_start_from_a_published_folder(published, tmp_path, monkeypa
         call(sta_tpo, *common, "--num-initial-states", 1, "--rollouts-per-state", 2, "--output-dir", tmp_path / "tpo")
     call(evaluation, "--checkpoint", tmp_path / "ppo", "--env-id", "PickCube-v1", "--num-eval-episodes", 1, "--num-envs", 1, "--no-cuda")
     assert sizes == [28, 28, 28]
-    demos = write_demos(tmp_path / "demos.h5")
+    demos = write_demos(tmp_path / "demos.h5", size=28)
     call(sft, "--vla", folder, "--env-id", "PickCube-v1", "--demo-path", demos, "--num-updates", 2, "--batch-size", 4, "--num-eval-episodes", 0, "--no-cuda",
          "--output-dir", tmp_path / "sft")  # fmt: skip
     assert {"bridge_orig", "PickCube-v1"} == set(json.loads((tmp_path / "sft/checkpoint/config.json").read_text())["norm_stats"])
