@@ -15,10 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
-from paper_table import DOCS, between
+from paper_table import DOCS, between, merge, order
 
 from sta_tpo import build_stage_pairs, read_rollouts, segment_rows
-from stare_utils import TASKS, get_task, segment_stages, stage_potential
+from stare_utils import get_task, segment_stages, stage_potential
 
 
 def correlation(a: list[float], b: list[float]) -> float | None:
@@ -83,11 +83,7 @@ def cells(*values: object) -> str:
 
 
 def main(runs: list[str]) -> None:
-    file = DOCS / "mechanism.jsonl"
-    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    newest = {(row["task"], row["k"]): row for row in old + rows_of(runs)}
-    rows = [newest[key] for key in sorted(newest, key=lambda key: (list(TASKS).index(key[0].partition(",")[0]), key))]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = sorted(merge(DOCS / "mechanism.jsonl", rows_of(runs), "task", "k"), key=lambda row: (order(row["task"]), row["k"]))
     entry = "phi_k at its entry: falls, mean change | k + phi_k: the same"
     lines = [f"| task | stage | training seeds | roll-outs in it | corr(mean cost, success) | corr(sum, success) | {entry} |", "|---" * 8 + "|"]
     lines += [cells(row["task"], row["stage"], row["seeds"], row["rollouts"], text("{:+.2f}", row["corr_mean"]), text("{:+.2f}", row["corr_sum"]),

@@ -160,17 +160,27 @@ def between(page: Path, mark: str, text: str) -> None:
     page.write_text(f"{before}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{rest.partition(f'<!-- /{mark} -->')[2]}")
 
 
+def merge(file: Path, rows: list[dict], *key: str) -> list[dict]:
+    """The file's rows, a line each, and these, which it holds from now on: of the same key the newer one."""
+    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    newest = {tuple(row[name] for name in key): row for row in old + rows}
+    merged = [newest[key] for key in sorted(newest)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in merged))
+    return merged
+
+
+def order(task: str) -> tuple[int, str]:
+    """Tables are in the order of TASKS, a task's other budgets ("task, budget") behind it."""
+    return list(TASKS).index(task.partition(",")[0]), task
+
+
 def main(runs: list[str]) -> None:
-    file = DOCS / "results.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rows += [row_of(Path(run)) for run in runs if (Path(run) / "results.json").exists()]
-    newest = {(row["env_id"], row["method"], row["seed"]): row for row in rows}
-    file.write_text("".join(json.dumps(newest[key]) + "\n" for key in sorted(newest)))
+    new = [row_of(Path(run)) for run in runs if (Path(run) / "results.json").exists()]
     tasks = defaultdict(lambda: defaultdict(list))
-    for row in newest.values():
+    for row in merge(DOCS / "results.jsonl", new, "env_id", "method", "seed"):
         method, _, budget = row["method"].partition("@")
         tasks[row["env_id"] + f", {budget}" * bool(budget)][method].append(row)
-    tasks = dict(sorted(tasks.items(), key=lambda item: (list(TASKS).index(item[0].partition(",")[0]), item[0])))
+    tasks = dict(sorted(tasks.items(), key=lambda item: order(item[0])))
     whole = overview(tasks)
     between(DOCS.parent / "README.md", "table", "\n".join(line for line in whole.splitlines() if line.count("not run") < len(PAPER) - 1))
     tables = [table(env_id, methods) for env_id, methods in tasks.items() if len(methods) > 1]
