@@ -243,9 +243,10 @@ def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
             action[pause_left > 0] = label[pause_left > 0]
             slip_left, pause_left = (slip_left - 1).clamp(min=0), (pause_left - 1).clamp(min=0)
             next_obs, _, _, _, next_info = envs.step(action)
-            for i in range(args.num_envs):
-                episodes[i].append(tuple(x[i].cpu() for x in (obs["rgb"], obs["proprio"], action, label, info["geometry"], info["stage"])))
-                if next_info["_final_info"][i]:
+            seen = [x.cpu() for x in (obs["rgb"], obs["proprio"], action, label, info["geometry"], info["stage"])]
+            for i, ended in enumerate(next_info["_final_info"].tolist()):
+                episodes[i].append([x[i] for x in seen])
+                if ended:
                     if next_info["final_info"]["success"][i] and len(kept) < args.num_demos:
                         rgb, proprio, actions, labels, where, stage = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
                         group, final = file.create_group(f"traj_{len(kept)}"), next_info["final_obs"]
@@ -396,7 +397,7 @@ def main(args: Args) -> None:
         rows = []
         for chunk, chunk_bins in zip(index[rank::world].split(args.chunk_size), mb_bins[rank::world].split(args.chunk_size), strict=True):
             active, texts = actives[which[chunk]].to(device), [instructions[i] for i in which[chunk]]  # (B, A), B
-            inputs = processor(rgb[chunk], texts, proprio[chunk], stats[0]["proprio"], device)
+            inputs = processor(rgb[chunk], texts, proprio[chunk], stats[0].get("proprio"), device)
             logprob, _, hidden, greedy = action_logprob(model, inputs, chunk_bins, active)
             ce = -(logprob / active.sum(-1)).mean()  # cross-entropy per active token, nats
             aux_loss = F.smooth_l1_loss(heads["aux"](hidden.float()), where[chunk].to(device) / 0.1)  # in units of 10 cm

@@ -473,7 +473,7 @@ def main(args: Args) -> None:
 
     # ALGO LOGIC: storage, (T, N, ...)
     A = len(active)
-    next_obs, next_info = envs.reset(seed=args.seed)  # for the shapes
+    next_obs, next_info = envs.reset()  # for the shapes
     begun_at, lengths = iteration, torch.tensor([stage.length for stage in task.stage_table])
     so_far = {"returns": torch.zeros(N, 2), "steps": torch.zeros(N, K), "costs": torch.zeros(N, K)}  # of each env's present episode
     obs = {name: torch.zeros(T, *value.shape, dtype=value.dtype) for name, value in next_obs.items()}
@@ -656,7 +656,7 @@ def main(args: Args) -> None:
             state = {"script": "sta_ppo", "iteration": iteration, "recent": recent, "first": first, "source": str(source), "wall_s": wall}
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
             save_checkpoint(output, model, processor, info, state, optimizer, {"value_head": value_head})
-        if args.eval_freq and iteration % args.eval_freq == 0 and iteration < args.num_iterations:
+        if args.eval_freq and iteration % args.eval_freq == 0 and iteration < args.num_iterations and not Stop.leaving:
             log_evaluation(global_step)
     progress.close()
     envs.close()

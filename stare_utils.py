@@ -38,6 +38,7 @@ from mani_skill.utils.geometry import rotation_conversions as rotations
 from mani_skill.utils.registration import REGISTERED_ENVS, TimeLimitWrapper
 from mani_skill.utils.sapien_utils import look_at
 from mani_skill.utils.structs.pose import Pose
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 Tensor = torch.Tensor
@@ -63,7 +64,7 @@ class Stop:
     @classmethod
     def catch(cls, number: int, frame) -> None:
         cls.signals.append(number)
-        if not cls.held or len(cls.signals) > 1:
+        if not cls.held or (len(cls.signals) > 1 and not cls.leaving):  # while it saves nothing stops it
             raise KeyboardInterrupt
 
     @classmethod
@@ -95,8 +96,8 @@ def one_line_errors():
         for process in multiprocessing.active_children():
             process.kill()  # an env process would be asked to end, and waited for
         code = 128 + (Stop.signals or [signal.SIGTERM])[-1]  # another process of the job has had it
-        line = "stopped; " + "the last update is saved, " * Stop.leaving + "go on with --resume and the run's --output-dir"
-    except (UserError, OSError, RuntimeError) as error:
+        line = "stopped; " + "the last update is saved, " * Stop.leaving + "training goes on with --resume and its --output-dir"
+    except (UserError, OSError, RuntimeError, SafetensorError) as error:
         code, line = 2, next(iter(str(error).splitlines()), "")
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in line:
             line = "out of memory: lower --chunk-size (and --num-envs, --batch-size), or add --gradient-checkpointing, or --lora-rank 32"
@@ -104,8 +105,10 @@ def one_line_errors():
             line = f"more processes than GPUs on this node: give torchrun --nproc-per-node {torch.cuda.device_count()}"
         elif torch.distributed.is_initialized() and ("gloo" in line or isinstance(error, torch.distributed.DistError)):
             line = "another process of this job died, its own lines say why: give the command again, with --resume and the job's --output-dir"
-        elif isinstance(error, OSError) and (error.filename or error.errno == 28):
-            line = f"cannot use {error.filename or 'the disk'}: {error.strerror}"
+        elif isinstance(error, SafetensorError):  # of writing: who reads catches it
+            line = f"cannot use the disk: {line}"
+        elif isinstance(error, OSError) and (error.filename or error.errno in (28, 122)):  # full, quota
+            line = f"cannot use {error.filename or 'the disk'}: {next(iter(error.strerror.splitlines()))}"
         elif not isinstance(error, UserError):
             raise
     print(f"error: {line}" if code == 2 else line, file=sys.stderr)
@@ -583,7 +586,7 @@ class StageEnv:
             render_backend="none" if not render else f"cuda_{backend}{local}" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
         self.env = TimeLimitWrapper(env, max_episode_steps or self.task.max_episode_steps)
-        self.base, self.next_seed = self.env.unwrapped, [seed + i for i in range(num_envs)]
+        self.base, self.next_seed = self.env.unwrapped, [(seed + i) % 2**32 for i in range(num_envs)]
         self.num_stages, self.single_action_space = len(self.task.stages), self.base.single_action_space
         self.furthest, self.seeds = (torch.zeros(num_envs, dtype=torch.long, device=self.base.device) for _ in range(2))
         self.object_start = torch.zeros(num_envs, 3, device=self.base.device)
@@ -775,7 +778,7 @@ class StageVectorEnv:
                 part.closed = True
                 for process in part.processes:
                     process.kill()
-            raise UserError("an env process died (memory full, or killed): lower --num-envs, and go on with --resume and the run's --output-dir") from None
+            raise UserError("an env process died (memory full, or killed): lower --num-envs; training goes on with --resume and its --output-dir") from None
 
     @classmethod
     def result(cls, found: tuple) -> tuple:

@@ -77,10 +77,12 @@ def tokenize_actions(actions: Tensor, stats: dict, n_bins: int = 256) -> Tensor:
 
 
 def detokenize_actions(tokens: Tensor, stats: dict, n_bins: int = 256) -> Tensor:
-    """Bins (N, A) -> actions (N, A) float in the env's units: bin b decodes to the centre of interval min(b, n_bins - 2)."""
+    """Bins (N, A) -> actions (N, A) float in the env's units: bin b decodes to the centre of interval min(b, n_bins - 2),
+    which is 1 or -1 by its sign where `binary` (optional, of `signed_gripper`) is true."""
     q01, q99, mask = (torch.tensor(x, device=tokens.device) for x in (stats["q01"], stats["q99"], stats.get("mask", [True] * len(stats["q01"]))))
     scaled = (2 * tokens.clamp(0, n_bins - 2).float() + 1) / (n_bins - 1) - 1
     actions = torch.where(mask, (scaled + 1) / 2 * (q99 - q01) + q01, scaled)
+    actions = torch.where(torch.tensor(stats.get("binary", [False] * len(q01)), device=tokens.device), 2.0 * (actions > 0) - 1, actions)
     return torch.where(q99 - q01 < 1e-6, q01, actions).float()
 
 
@@ -93,10 +95,12 @@ def blur_bins(bins: Tensor, deviation: float, n_bins: int, generator: torch.Gene
 
 def signed_gripper(stats: dict) -> dict:
     """Action statistics of OpenVLA's data for an env whose gripper command runs from -1 to 1: published ones leave the gripper unscaled (mask false),
-    0 closed and 1 open. So token value x decodes to 2 x - 1, as RL4VLA and SimplerEnv take it. Its proprioception, of other robots, is left out."""
+    0 closed and 1 open. So token value x decodes to 1 above 0.5, else to -1, as RL4VLA and SimplerEnv take it. Its proprioception, of other robots, is
+    left out."""
     action = stats["action"]
-    rows = [(low, high, True) if scaled else (-3.0, 1.0, True) for low, high, scaled in zip(action["q01"], action["q99"], action["mask"])]
-    return {"action": dict(zip(("q01", "q99", "mask"), map(list, zip(*rows))))}
+    mask = action.get("mask", [True] * len(action["q01"]))
+    rows = [(low, high, True) if scaled else (-3.0, 1.0, True) for low, high, scaled in zip(action["q01"], action["q99"], mask)]
+    return {"action": {**dict(zip(("q01", "q99", "mask"), map(list, zip(*rows)))), "binary": [not scaled for scaled in mask]}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +294,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module):
-        """PyTorch's own initialisation, which trains faster here than normal(0.02). Only for models made from a configuration."""
+        """PyTorch's own initialisation for all but the language model, which initialises itself (normal(0.02)). Only for models made from a configuration."""
 
     def init_action_rows(self) -> None:
         """Makes neighbouring bins alike from the start: the 256 action rows of embedding and head become smooth functions of the bin,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Imitation alone, 200 demonstrations by the scripted expert, of each task:   SEEDS="1 2 3" benchmark/sft_all.sh [ENV_ID ...]
-# Resumable: what has a results.json is left as it is. Rows: docs/sft.jsonl (benchmark/rows.py).
+# Resumable: what has a results.json is left as it is. Rows: docs/sft.jsonl (benchmark/tables.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE

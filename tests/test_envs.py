@@ -64,6 +64,12 @@ def test_reset_gives_env_i_the_seed_plus_i_and_takes_a_list_as_it_is(envs):
     assert infos["potential"][0] != infos["potential"][1] and other["potential"][0] == other["potential"][1]
 
 
+def test_a_seed_of_any_size_begins_episodes():
+    env = make_envs("PickCube-v1", 1, 5_000_000_000, render=False)
+    assert env.reset()[1]["seed"].item() == 5_000_000_000 % 2**32
+    env.close()
+
+
 def test_an_episode_after_a_reset_depends_on_its_seed_alone(envs):
     """Into contact with the cube, whatever was done before: without that, neither evaluation nor --resume would be exact."""
     first, generator = play(envs, [3, 4], steps=15), torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """Faults that a night's run meets: killed processes, damaged files, numbers that are none, signals, two runs in one folder."""
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,11 +24,11 @@ from stare_utils import UserError, make_envs
 MODULES = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo}
 
 
-def begin(script, *args, cwd) -> subprocess.Popen:
+def begin(script, *args, cwd, **kwargs) -> subprocess.Popen:
     """Starts `python script args`, in a process group of its own as a shell does."""
     command = [sys.executable, ROOT / f"{script}.py", *args]
     return subprocess.Popen(list(map(str, command)), cwd=cwd, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)  # fmt: skip
 
 
 def command(script, checkpoint, folder: Path) -> list:
@@ -122,7 +123,7 @@ def test_a_signal_lets_the_update_end_and_saves_it(number, tmp_path):
     assert not (tmp_path / "out/checkpoint").exists()
     run.send_signal(number)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == 128 + number and errors.splitlines()[-1].startswith("stopped; the last update is saved, go on with --resume"), errors
+    assert run.returncode == 128 + number and errors.splitlines()[-1].startswith("stopped; the last update is saved, training goes on with --resume"), errors
     assert "Traceback" not in errors and sft.load_state(tmp_path / "out", "sft")["step"] > 0
 
 
@@ -137,13 +138,35 @@ def test_a_signal_to_the_whole_group_harms_no_env_process(number, checkpoint, tm
     assert run.returncode == 128 + number and "Traceback" not in errors and sta_ppo.load_state(tmp_path / "out", "sta_ppo")["iteration"] > 0, errors
 
 
+def test_a_second_signal_stops_an_update_but_not_its_save(monkeypatch):
+    for name, value in (("signals", []), ("held", False), ("leaving", False)):
+        monkeypatch.setattr(stare_utils.Stop, name, value)
+    assert stare_utils.Stop.hold(True) and not stare_utils.Stop.asked()
+    stare_utils.Stop.catch(signal.SIGTERM, None)  # waits for the update to end
+    with pytest.raises(KeyboardInterrupt):
+        stare_utils.Stop.catch(signal.SIGTERM, None)
+    assert stare_utils.Stop.asked()
+    stare_utils.Stop.catch(signal.SIGTERM, None)  # as torchrun sends one to the process that saves when the others have left
+    with pytest.raises(KeyboardInterrupt):
+        stare_utils.Stop.hold(True)
+
+
+def test_a_disk_that_takes_no_checkpoint_is_one_line(tmp_path):
+    flags = ["--demo-path", write_demos(tmp_path / "demos.h5"), "--num-updates", 1, "--batch-size", 4, "--num-eval-episodes", 0, "--no-cuda"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))  # noqa: E731
+    run = begin("sft", *flags, "--output-dir", "out", cwd=tmp_path, preexec_fn=limit)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and errors.splitlines()[-1].startswith("error: cannot use the disk: "), errors
+    assert "Traceback" not in errors and not (tmp_path / "out/checkpoint").exists()
+
+
 def test_a_signal_outside_an_update_acts_at_once(tmp_path):
     code = "import time, stare_utils\nwith stare_utils.one_line_errors():\n  print('on', flush=True)\n  time.sleep(60)"
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run.stdout.readline()
     run.terminate()
     _, errors = run.communicate(timeout=20)
-    assert run.returncode == 143 and errors == "stopped; go on with --resume and the run's --output-dir\n"
+    assert run.returncode == 143 and errors == "stopped; training goes on with --resume and its --output-dir\n"
 
 
 @pytest.fixture

@@ -132,11 +132,13 @@ def test_the_gripper_of_openvla_s_data_opens_at_1_and_closes_at_0(published):
     stats = sta_ppo.task_stats(model, "PutCarrotOnPlateInScene-v1", "bridge_orig")
     assert stats is model.config.norm_stats["PutCarrotOnPlateInScene-v1"] and not vla.constant_dims(stats["action"]).any()  # so a checkpoint knows the task
     closed, opened = vla.tokenize_actions(torch.tensor([[0.0, 1.0]]), {"q01": [0, 0], "q99": [1, 1], "mask": [False, False]})[0]  # as OpenVLA's data has it
-    actions = vla.detokenize_actions(torch.stack([closed, opened])[:, None].expand(2, 7), stats["action"])
-    assert torch.allclose(actions[:, -1], torch.tensor([-1.0, 1.0]), atol=0.02)
+    half_closed, half_opened = vla.tokenize_actions(torch.tensor([[0.45], [0.55]]), {"q01": [0], "q99": [1], "mask": [False]})[:, 0]
+    actions = vla.detokenize_actions(torch.stack([closed, half_closed, half_opened, opened])[:, None].expand(4, 7), stats["action"])
+    assert actions[:, -1].tolist() == [-1, -1, 1, 1] and len(actions[:, 0].unique()) > 2
     back = vla.tokenize_actions(torch.tensor([[0.0] * 6 + [-1.0], [0.0] * 6 + [1.0]]), stats["action"])[:, -1]
     assert (back - torch.stack([closed, opened])).abs().max() <= 1
     assert torch.allclose(vla.detokenize_actions(torch.tensor([[254] * 7]), stats["action"])[0, :6], torch.tensor(0.03), atol=3e-4)
+    assert vla.signed_gripper({"action": {"q01": [0.0], "q99": [1.0]}})["action"]["binary"] == [False]  # published statistics may have no mask
 
 
 @pytest.mark.slow
