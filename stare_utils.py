@@ -586,7 +586,7 @@ class StageEnv:
             render_backend="none" if not render else f"cuda_{backend}{local}" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
         self.env = TimeLimitWrapper(env, max_episode_steps or self.task.max_episode_steps)
-        self.base, self.next_seed = self.env.unwrapped, [(seed + i) % 2**32 for i in range(num_envs)]
+        self.base, self.next_seed = self.env.unwrapped, [seed + i for i in range(num_envs)]
         self.num_stages, self.single_action_space = len(self.task.stages), self.base.single_action_space
         self.furthest, self.seeds = (torch.zeros(num_envs, dtype=torch.long, device=self.base.device) for _ in range(2))
         self.object_start = torch.zeros(num_envs, 3, device=self.base.device)
@@ -715,8 +715,7 @@ class StageVectorEnv:
     """The same as a StageEnv of N, on a CPU: one process per env, in two halves that can take turns with a policy (`play`)."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs):
-        # Processes are forked from a clean server that has imported what they need once
-        multiprocessing.set_forkserver_preload(["stare_utils", "mani_skill.envs"])
+        multiprocessing.set_forkserver_preload(["stare_utils", "mani_skill.envs"])  # processes are forked from a clean server that has these
         self.task, self.num_envs, self.num_stages = get_task(env_id), num_envs, len(get_task(env_id).stages)
         self.rows = [slice(0, num_envs // 2), slice(num_envs // 2, num_envs)] if num_envs > 1 else [slice(0, 1)]
         self.parts, seen = [], gym.Env()  # gymnasium makes one env in the script itself, to look at its spaces: once is enough
@@ -770,14 +769,16 @@ class StageVectorEnv:
         return [self.ask(getattr(part, f"{name}_wait")) for part in self.parts]
 
     def ask(self, method: Callable, *inputs, **kwargs):
-        """Calls a method of a half's processes. Raises UserError when one of them is gone."""
+        """Calls a method of a half's processes. Where one is gone (UserError) or raises, all are ended: gymnasium would wait for them for ever."""
         try:
             return method(*inputs, **kwargs)
-        except (EOFError, ConnectionError):
+        except Exception as error:
             for part in self.parts:
                 part.closed = True
                 for process in part.processes:
                     process.kill()
+            if not isinstance(error, (EOFError, ConnectionError)):
+                raise
             raise UserError("an env process died (memory full, or killed): lower --num-envs; training goes on with --resume and its --output-dir") from None
 
     @classmethod
@@ -844,6 +845,7 @@ def make_envs(
     if kwargs.get("render", True):
         check_world(env_id, full_meshes)
     kwargs |= {"terminate_on_success": terminate_on_success, "full_meshes": full_meshes}
+    seed %= 2**32 - num_envs  # ManiSkill takes no larger ones
     return StageEnv(env_id, num_envs, backend, seed, **kwargs) if backend == "cuda" else StageVectorEnv(env_id, num_envs, seed, **kwargs)
 
 class ScriptedExpert:

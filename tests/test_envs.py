@@ -3,6 +3,7 @@ import functools
 import multiprocessing.spawn as spawn
 import os
 import signal
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import sapien
 import torch
-from conftest import STATS, TASK, needs_assets, tiny_model, write_demos
+from conftest import ROOT, STATS, TASK, needs_assets, tiny_model, write_demos
 from mani_skill.envs.utils.system.backend import parse_sim_and_render_backend
 
 import eval as evaluation
@@ -66,8 +67,14 @@ def test_reset_gives_env_i_the_seed_plus_i_and_takes_a_list_as_it_is(envs):
 
 def test_a_seed_of_any_size_begins_episodes():
     env = make_envs("PickCube-v1", 1, 5_000_000_000, render=False)
-    assert env.reset()[1]["seed"].item() == 5_000_000_000 % 2**32
+    assert env.reset()[1]["seed"].item() == 5_000_000_000 % (2**32 - 1)
     env.close()
+
+
+def test_an_error_in_the_env_processes_ends_the_script():
+    lines = "import stare_utils; stare_utils.make_envs('PickCube-v1', 2, 0, render=False).reset(seed=2**33)"
+    run = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "ValueError: Seed must be between" in run.stderr.splitlines()[-1]
 
 
 def test_an_episode_after_a_reset_depends_on_its_seed_alone(envs):
