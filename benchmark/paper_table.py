@@ -1,6 +1,6 @@
 """Tables and plot of docs/results.md from the runs of benchmark/paper_table.sh, nothing typed by hand.
 
-    python benchmark/paper_table.py                       # writes docs/results.md's tables and docs/results.svg anew from docs/results.jsonl
+    python benchmark/paper_table.py                       # writes docs/results.md's tables, docs/results.svg, docs/summary.svg from docs/results.jsonl
     python benchmark/paper_table.py runs/*__paper      # first adds these runs' rows (of the same method, budget, task and seed the newer one counts)
 
 A row is eval.py's result row, with `successes` (one 0 or 1 per evaluation seed) in place of the episodes and, for PPO, `curve`: [env steps, seconds of
@@ -154,6 +154,22 @@ def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
     figure.savefig(DOCS / "results.svg", metadata={"Date": None})
 
 
+def summarise(tasks: dict[str, dict[str, list[dict]]]) -> None:
+    """docs/summary.svg, README's: greedy success of each method, a dot per training seed, of each task and budget that the stage reward was tried on."""
+    tasks = {name: methods for name, methods in tasks.items() if {"STA-PPO", "IPI"} & set(methods)}
+    shown = [method for method in PAPER if any(method in methods for methods in tasks.values())]
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.4 * len(tasks)))
+    for y, methods in enumerate(tasks.values()):
+        axis.axhline(y + 0.5, color="0.85", lw=0.8)
+        for i, method in enumerate(shown):
+            once = [100 * row["success_once"] for row in methods.get(method, [])]
+            axis.plot(once, [y + (i - len(shown) / 2) / (1.3 * len(shown))] * len(once), "o", color=METHODS[method], ms=4, clip_on=False)
+    axis.set(xlabel="success, %", xlim=(0, 100), ylim=(len(tasks) - 0.5, -0.5), yticks=range(len(tasks)), yticklabels=list(tasks))
+    figure.legend([plt.Line2D([], [], color=METHODS[method], ls="", marker="o") for method in shown], shown, ncol=len(shown), loc="upper center", columnspacing=1, handletextpad=0)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.savefig(DOCS / "summary.svg", metadata={"Date": None})
+
+
 def between(page: Path, mark: str, text: str) -> None:
     """Puts a text between a page's two marks."""
     before, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
@@ -186,6 +202,7 @@ def main(runs: list[str]) -> None:
     tables = [table(env_id, methods) for env_id, methods in tasks.items() if len(methods) > 1]
     between(DOCS / "results.md", "tables", "\n\n".join([whole, *tables]))
     plot(tasks)
+    summarise(tasks)
 
 
 if __name__ == "__main__":
