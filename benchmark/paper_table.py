@@ -165,7 +165,8 @@ def summarise(tasks: dict[str, dict[str, list[dict]]]) -> None:
             once = [100 * row["success_once"] for row in methods.get(method, [])]
             axis.plot(once, [y + (i - len(shown) / 2) / (1.3 * len(shown))] * len(once), "o", color=METHODS[method], ms=4, clip_on=False)
     axis.set(xlabel="success, %", xlim=(0, 100), ylim=(len(tasks) - 0.5, -0.5), yticks=range(len(tasks)), yticklabels=list(tasks))
-    figure.legend([plt.Line2D([], [], color=METHODS[method], ls="", marker="o") for method in shown], shown, ncol=len(shown), loc="upper center", columnspacing=1, handletextpad=0)
+    dots = [plt.Line2D([], [], color=METHODS[method], ls="", marker="o") for method in shown]
+    figure.legend(dots, shown, ncol=len(shown), loc="upper center", columnspacing=1, handletextpad=0)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(DOCS / "summary.svg", metadata={"Date": None})
 
