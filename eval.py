@@ -75,11 +75,11 @@ class Args:
     """results.json files: print one table with the paired difference of each to the one before on their common seeds, and stop"""
 
 
-def load_policy(checkpoint: str, device: torch.device):
-    """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
+def load_policy(checkpoint: str, device: torch.device, origin: str = ""):
+    """Model, processor and folder of a checkpoint (its folder, its run's, or a hub id). UserError: it is not ours, or no longer that of this fingerprint."""
     folder = vla.model_folder(checkpoint)
     try:
-        vla.check_folder(folder)
+        vla.check_folder(folder, origin)
         return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
     except Exception as error:  # a file may hold anything
         raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None

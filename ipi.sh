@@ -10,10 +10,10 @@ RUNS=runs
 export OMP_WAIT_POLICY=PASSIVE # idle OpenMP threads must not take the cores from the env processes
 ./setup.sh
 
-# What each stage gets: about an hour in all on two CPU cores
-STEPS="sft sta_tpo sta_ppo" SFT=() TPO=() PPO=() EVAL=(--num-eval-episodes 300)
+# What each stage gets
+STEPS="sft sta_tpo sta_ppo" SPAN=", an hour or two in all on two CPU cores" SFT=() TPO=() PPO=() EVAL=(--num-eval-episodes 300)
 if [ "${SMOKE:-0}" = 1 ]; then
-  RUNS=runs/smoke
+  RUNS=runs/smoke SPAN=""
   rm -rf "$RUNS"
   SFT=(--num-envs 2 --num-demos 2 --num-updates 2)
   if [ -d "checkpoints/${ENV_ID}__sft" ]; then
@@ -43,7 +43,7 @@ stage() {
   echo "== the evaluation took $(minutes "$begin") here; $run/summary.md"
 }
 
-echo "plan: $ENV_ID, training seed $SEED; about an hour in all on two CPU cores"
+echo "plan: $ENV_ID, training seed $SEED$SPAN"
 for STEP in $STEPS; do
   run=$(folder "$STEP") state=""
   if [ -f "$run/results.json" ]; then state=" (done already, reused)"; elif [ -d "$run/checkpoint" ]; then state=" (begun, goes on)"; fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with all Python packages and, where there is no NVIDIA GPU, sees to a Vulkan driver that renders on the CPU.
+# Makes .venv with all Python packages and sees to a Vulkan driver: the GPU's, or where there is none one that renders on the CPU.
 # Safe to run again: when nothing is missing it only checks.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -35,16 +35,17 @@ if [ "$(cat .venv/stamp 2> /dev/null)" != "$stamp" ]; then
   echo "$stamp" > .venv/stamp
 fi
 
-# 2. System libraries: ManiSkill imports OpenCV, which needs libGL; SAPIEN draws through Vulkan, without a GPU Mesa's lavapipe
-check='import cv2'
-packages="libgl1 libglib2.0-0"
+# 2. System libraries: ManiSkill imports OpenCV, which needs libGL; SAPIEN draws through Vulkan, the GPU driver's, without a GPU Mesa's lavapipe
+check="import cv2, sapien; sapien.render.RenderSystem('$device')"
+packages="libgl1 libglib2.0-0 libvulkan1"
+hint="a container must be started with NVIDIA_DRIVER_CAPABILITIES=all, else the driver's Vulkan part is not in it"
 if [ $device = cpu ]; then
-  check='import cv2, sapien; sapien.render.RenderSystem("cpu")'
-  packages="$packages libvulkan1 mesa-vulkan-drivers"
+  packages="$packages mesa-vulkan-drivers"
+  hint="to render on the CPU, SAPIEN needs a newer Mesa than 22.3 (25.0 is known to work)"
 fi
 missing() { ! error=$(.venv/bin/python -c "$check" 2>&1 | tail -n 1); }
 if missing; then
-  command -v apt-get > /dev/null || fail "$error; install what Debian calls $packages (Mesa 25.0 is known to work)"
+  command -v apt-get > /dev/null || fail "$error; install what Debian calls $packages; $hint"
   apt="apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y $packages"
   if [ $device = cpu ] && grep -q bookworm /etc/os-release; then  # Debian 12's own Mesa, 22.3, is too old for SAPIEN
     apt="$apt -t bookworm-backports"
@@ -57,6 +58,6 @@ if missing; then
   [ "$(id -u)" = 0 ] || fail "$error; run this, then ./setup.sh again: sudo sh -c \"$apt\""
   say "$error; running: $apt"
   sh -c "$apt" > /dev/null || fail "apt-get failed"
-  if missing; then fail "$error; to render on the CPU, SAPIEN needs a newer Mesa than 22.3 (25.0 is known to work)"; fi
+  if missing; then fail "$error; $hint"; fi
 fi
 say "ready; activate with: source .venv/bin/activate"

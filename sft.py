@@ -83,7 +83,7 @@ class Args:
     batch_size: int = 64
     """frames per optimiser step, of each process"""
     chunk_size: int = 128
-    """steps or frames per forward and backward pass: bounds the memory, changes no result"""
+    """steps or frames per forward and backward pass of an update: bounds its memory, changes no result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations anew in the backward pass instead of keeping them: less memory, a third more computation"""
     max_grad_norm: float = 1.0
@@ -119,8 +119,8 @@ def sum_over_processes(tensors: list[torch.Tensor | None]) -> None:
             dist.all_reduce(x)
 
 
-def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
-    """The run folder and, of rank 0, its TensorBoard writer. Raises UserError when the folder already holds a run."""
+def open_run(args, script: str, rank: int, step: int) -> tuple[Path, SummaryWriter | None]:
+    """The run folder and, of rank 0, its TensorBoard writer, without what was logged after `step`. Raises UserError when the folder holds a run already."""
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run's --output-dir")
     name = [args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}"]
@@ -141,7 +141,7 @@ def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
         import wandb
 
         wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(output)
+    writer = SummaryWriter(output, purge_step=step + 1)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
     if dist.is_initialized():
         dist.broadcast_object_list(name)
@@ -179,11 +179,11 @@ def load_state(output: Path, script: str, rank: int = 0) -> dict | None:
     return state
 
 
-def load_policy(checkpoint: str, device: torch.device):
-    """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
+def load_policy(checkpoint: str, device: torch.device, origin: str = ""):
+    """Model, processor and folder of a checkpoint (its folder, its run's, or a hub id). UserError: it is not ours, or no longer that of this fingerprint."""
     folder = vla.model_folder(checkpoint)
     try:
-        vla.check_folder(folder)
+        vla.check_folder(folder, origin)
         return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
     except Exception as error:  # a file may hold anything
         raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
@@ -230,12 +230,10 @@ def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
             begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_slip) & (slip_left == 0)
             slip[begin], slip_left[begin] = (torch.from_numpy(rng.integers(*span, args.num_envs))[begin] for span in ((1, K), (3, 9)))
             label, played = expert.act().cpu(), expert.act(slip * (slip_left > 0)).cpu()
-            for move in (label, played):
-                move[:, :3] = move[:, :3].clamp(-args.demo_speed * limit[:3], args.demo_speed * limit[:3])
-            noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float()
+            label[:, :3], played[:, :3] = (move[:, :3].clamp(-args.demo_speed * limit[:3], args.demo_speed * limit[:3]) for move in (label, played))
+            noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float() * (torch.arange(len(limit)) < 3)  # a turned wrist it hardly mends
             twist = torch.where(info["elapsed_steps"].cpu() == 0, torch.from_numpy(rng.integers(-args.demo_twist, args.demo_twist + 1, args.num_envs)), twist)
             played[:, 5] = torch.where(info["elapsed_steps"].cpu() < twist.abs(), twist.sign() * limit[5], played[:, 5])
-            noise[:, 3:] = 0  # translation alone: a disturbed wrist is out of the expert's reach
             action = (played + limit * noise * torch.from_numpy(rng.random((args.num_envs, 1)) < 0.5)).clamp(-limit, limit)
             begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_pause) & (slip_left == 0) & (pause_left == 0)
             pause_left[begin] = torch.from_numpy(rng.integers(2, 7, args.num_envs))[begin]
@@ -334,14 +332,15 @@ def main(args: Args) -> None:
     rank, world, device = join_processes(args.cuda)
     set_seed(args.seed % 2**32)
     for env_id in env_ids:
-        stare_utils.check_world(env_id)  # everything that can be wrong with the input is found before the run folder is made
+        stare_utils.check_world(env_id, backend=args.backend)  # everything that can be wrong with the input is found before the run folder is made
     state = load_state(Path(args.output_dir), "sft", rank) if args.resume and args.output_dir else None
     begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())} if state else asdict(args)
     if other := [name for name in ("env_id", "lora_rank", "vla") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base
         raise UserError(f"{args.output_dir} was begun with {other[0]} = {begun[other[0]]}, not {getattr(args, other[0])}: resume with the same")
     begin = args.output_dir if state and not args.lora_rank else args.vla  # LoRA goes on from the first policy and its adapter: a checkpoint is merged
+    origin = state["origin"] if state else vla.fingerprint(vla.model_folder(args.vla))
     if begin != "tiny":
-        model, processor, _ = load_policy(begin, device)
+        model, processor, _ = load_policy(begin, device, origin if begin == args.vla else "")
     else:
         model = vla.OpenVLAForActionPrediction(vla.tiny_config()).to(device)
         model.init_action_rows()
@@ -349,7 +348,7 @@ def main(args: Args) -> None:
     instructions = [TASKS[env_id].instruction for env_id in env_ids]
     check_instructions(model, processor, instructions)
     demos = [read_demos(path, env_id, args.num_demos, processor.image_size) for path, env_id in zip(paths, env_ids, strict=True)] if paths else []
-    output, writer = open_run(args, "sft", rank)
+    output, writer = open_run(args, "sft", rank, state["step"] if state else 0)
     for env_id in env_ids[len(demos) :]:
         if (file := output / f"demos_{env_id}.h5").exists():
             print(f"{file} is there: --num-demos and the other --demo flags are those that it was made with")
@@ -386,8 +385,7 @@ def main(args: Args) -> None:
     model.train()
     progress = trange(args.num_updates, initial=step, desc="sft", unit="update", disable=rank > 0 or None)
     while Stop.hold(step < args.num_updates):
-        # The step alone decides its batch, so that a resumed run sees the same data
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # the step alone decides its batch: a resumed run sees the same data
         index = torch.randint(len(rgb), (world * args.batch_size,), generator=generator)
         mb_bins = vla.blur_bins(bins[index], args.label_jitter, model.config.n_action_bins, generator).to(device)
         mb_bins[:, -1] = bins[index, -1].to(device)  # the gripper knows a few commands and nothing between
@@ -430,7 +428,7 @@ def main(args: Args) -> None:
             for key, value in scalars.items() if rank == 0 else ():
                 writer.add_scalar(key, value, step)
         if (Stop.asked() or step % args.save_freq == 0 or step == args.num_updates) and rank == 0:
-            state = {"script": "sft", "step": step, "history": torch.stack(history).tolist() if history else [], "wall_s": time.time() - start}
+            state = {"script": "sft", "step": step, "history": [row.tolist() for row in history], "origin": origin, "wall_s": time.time() - start}
             info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(state["wall_s"], 1)}
             known = {"heads": heads, **({"separator": heads["separator"]} if all(labelled) else {})}
             save_checkpoint(output, model, processor, info, state, optimizer, known)

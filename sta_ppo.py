@@ -7,8 +7,8 @@
   loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 + c_kl * KL(pi || pi_start)
 The ratio is that of the whole action (sum of its tokens' log-probabilities). Deviations from CleanRL's ppo.py and RL4VLA: a truncated episode
 is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once
-(or within each stage: --stage-advantage); logged losses are means over the update; the critic is warmed up, its loss not clipped; AdamW;
-episodes begin anew with a roll-out, where the horizon allows. `grep STARE` shows what differs from PPO.
+(or within each stage: --stage-advantage); logged losses are means over the update; the critic is warmed up, its loss not clipped, its learning rate
+its own; AdamW (0.9, 0.95), no entropy bonus; episodes begin anew with a roll-out, where the horizon allows. `grep STARE` shows what differs from PPO.
 To add a task edit TASKS in stare_utils.py, nothing here, and imitate it first (sft.py).
 Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
 """
@@ -95,7 +95,7 @@ class Args:
     update_epochs: int = 2
     """passes over each roll-out"""
     chunk_size: int = 128
-    """steps or frames per forward and backward pass: bounds the memory, changes no result"""
+    """steps or frames per forward and backward pass of an update: bounds its memory, changes no result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations anew in the backward pass instead of keeping them: less memory, a third more computation"""
     clip_coef: float = 0.2
@@ -155,8 +155,8 @@ def sum_over_processes(tensors: list[torch.Tensor | None]) -> None:
             dist.all_reduce(x)
 
 
-def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
-    """The run folder and, of rank 0, its TensorBoard writer. Raises UserError when the folder already holds a run."""
+def open_run(args, script: str, rank: int, step: int) -> tuple[Path, SummaryWriter | None]:
+    """The run folder and, of rank 0, its TensorBoard writer, without what was logged after `step`. Raises UserError when the folder holds a run already."""
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run's --output-dir")
     name = [args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}"]
@@ -177,7 +177,7 @@ def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
         import wandb
 
         wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(output)
+    writer = SummaryWriter(output, purge_step=step + 1)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
     if dist.is_initialized():
         dist.broadcast_object_list(name)
@@ -226,11 +226,11 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
     raise UserError(f"no checkpoint for {env_id}: run `python sft.py --env-id {env_id}` first, or give --checkpoint")
 
 
-def load_policy(checkpoint: str, device: torch.device):
-    """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
+def load_policy(checkpoint: str, device: torch.device, origin: str = ""):
+    """Model, processor and folder of a checkpoint (its folder, its run's, or a hub id). UserError: it is not ours, or no longer that of this fingerprint."""
     folder = vla.model_folder(checkpoint)
     try:
-        vla.check_folder(folder)
+        vla.check_folder(folder, origin)
         return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
     except Exception as error:  # a file may hold anything
         raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
@@ -404,8 +404,10 @@ def main(args: Args) -> None:
         for name, flags in (("env_id", "--env-id"), ("batch_size", "num_envs * num_steps * processes"), ("lora_rank", "--lora-rank")):
             if begun[name] != getattr(args, name):
                 raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
+    origin = state["origin"] if state else vla.fingerprint(vla.model_folder(source))
     # LoRA goes on from the first policy and its adapter: what a checkpoint holds is merged
-    model, processor, folder = load_policy(args.output_dir if state and not args.lora_rank else source, device)
+    begin = (args.output_dir, device) if state and not args.lora_rank else (source, device, origin)
+    model, processor, folder = load_policy(*begin)
     stats = task_stats(model, args.env_id, args.unnorm_key)
     set_seed(args.seed % 2**32)
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
@@ -414,11 +416,11 @@ def main(args: Args) -> None:
     sft_folder, separator = learned
     sft_model = separator and load_policy(sft_folder, device)[0]
     # Without its adapter LoRA's model is the first
-    reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device)[0].to(model.dtype)
+    reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device, origin)[0].to(model.dtype)
     active = ~vla.constant_dims(stats["action"])
     silent = torch.tensor([name in args.silent_stages.split(",") for name in (*task.stages, "done")], device=device)  # (K + 1,)
-    stare_utils.check_world(args.env_id)
-    output, writer = open_run(args, "sta_ppo", rank)
+    stare_utils.check_world(args.env_id, backend=args.backend, reward=args.reward)
+    output, writer = open_run(args, "sta_ppo", rank, state["iteration"] * args.batch_size if state else 0)
     if not output.is_dir():
         raise UserError(f"process {rank} cannot see {output}: the nodes of a job need a file system that they share")
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
@@ -520,7 +522,7 @@ def main(args: Args) -> None:
         torch.set_num_threads(1)
         rows = []  # of the episodes that end in it
         for t, n, now_obs, reward, term, trunc, info in envs.play(act, T):
-            age = next_info["elapsed_steps"][n].cpu()  # of the episode
+            discount = args.gamma ** next_info["elapsed_steps"][n].cpu()  # by the episode's age, before it is written over
             for here, now in ((next_obs, now_obs), (next_info, info)):
                 for name in here:
                     here[name][n] = now[name]
@@ -536,7 +538,7 @@ def main(args: Args) -> None:
             rewards[t, n] = reward_scale * env_rewards[t, n]
             if weight:
                 rewards[t, n] = shape_rewards(rewards[t, n], potentials[t, n], next_potentials[t, n], terminated[t, n], args.gamma, weight)
-            so_far["returns"][n] += torch.stack([env_rewards[t, n].cpu(), args.gamma**age * rewards[t, n].cpu()], -1)
+            so_far["returns"][n] += torch.stack([env_rewards[t, n].cpu(), discount * rewards[t, n].cpu()], -1)
             for j in ended.nonzero()[:, 0].tolist():
                 i = n.start + j
                 if counts[i] > 0:
@@ -653,7 +655,7 @@ def main(args: Args) -> None:
         if (Stop.asked() or iteration % save_freq == 0 or iteration == args.num_iterations) and rank == 0:
             wall = time.time() - start
             method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
-            state = {"script": "sta_ppo", "iteration": iteration, "recent": recent, "first": first, "source": str(source), "wall_s": wall}
+            state = {"script": "sta_ppo", "iteration": iteration, "recent": recent, "first": first, "source": str(source), "origin": origin, "wall_s": wall}
             info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
             save_checkpoint(output, model, processor, info, state, optimizer, {"value_head": value_head})
         if args.eval_freq and iteration % args.eval_freq == 0 and iteration < args.num_iterations and not Stop.leaving:

@@ -103,7 +103,7 @@ class Args:
     batch_size: int = 64
     """pairs per optimiser step, of each process"""
     chunk_size: int = 128
-    """steps or frames per forward and backward pass: bounds the memory, changes no result"""
+    """steps or frames per forward and backward pass of an update: bounds its memory, changes no result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations anew in the backward pass instead of keeping them: less memory, a third more computation"""
 
@@ -132,8 +132,8 @@ def sum_over_processes(tensors: list[torch.Tensor | None]) -> None:
             dist.all_reduce(x)
 
 
-def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
-    """The run folder and, of rank 0, its TensorBoard writer. Raises UserError when the folder already holds a run."""
+def open_run(args, script: str, rank: int, step: int) -> tuple[Path, SummaryWriter | None]:
+    """The run folder and, of rank 0, its TensorBoard writer, without what was logged after `step`. Raises UserError when the folder holds a run already."""
     if args.resume and not args.output_dir:
         raise UserError("--resume needs the run's --output-dir")
     name = [args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}"]
@@ -154,7 +154,7 @@ def open_run(args, script: str, rank: int) -> tuple[Path, SummaryWriter | None]:
         import wandb
 
         wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(output)
+    writer = SummaryWriter(output, purge_step=step + 1)
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
     if dist.is_initialized():
         dist.broadcast_object_list(name)
@@ -203,11 +203,11 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
     raise UserError(f"no checkpoint for {env_id}: run `python sft.py --env-id {env_id}` first, or give --checkpoint")
 
 
-def load_policy(checkpoint: str, device: torch.device):
-    """Model, processor and folder of a checkpoint (its folder, the run folder that holds one, or a hub id). Raises UserError when it is not ours."""
+def load_policy(checkpoint: str, device: torch.device, origin: str = ""):
+    """Model, processor and folder of a checkpoint (its folder, its run's, or a hub id). UserError: it is not ours, or no longer that of this fingerprint."""
     folder = vla.model_folder(checkpoint)
     try:
-        vla.check_folder(folder)
+        vla.check_folder(folder, origin)
         return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
     except Exception as error:  # a file may hold anything
         raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
@@ -467,7 +467,8 @@ def main(args: Args) -> None:
         raise UserError(f"{path} is not an empty folder: choose another --export-pairs")
     rank, world, device = join_processes(args.cuda)
     given, record, resume = args.vla or args.checkpoint, Path(args.output_dir) / "source.txt", args.resume and args.output_dir
-    recorded, state = record.read_text() if resume and record.exists() else "", load_state(Path(args.output_dir), "sta_tpo", rank) if resume else None
+    recorded, origin = record.read_text().split("\n") if resume and record.exists() else ("", "")
+    state = load_state(Path(args.output_dir), "sta_tpo", rank) if resume else None
     if recorded and given and Path(recorded).resolve() != load_policy(given, device)[2].resolve():
         raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {given}: choose another --output-dir")
     if state:
@@ -476,7 +477,7 @@ def main(args: Args) -> None:
             if begun[name] != getattr(args, name):
                 raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
     source = recorded or given or find_checkpoint(args.env_id, ("sft",))  # a resumed run keeps its roll-outs' policy
-    model, processor, source = load_policy(source, device)
+    model, processor, source = load_policy(source, device, origin)
     if not (learned := vla.load_separator(source, args.env_id, device) if args.stage_source == "learned" else (source, None)):
         raise UserError(f"no learned separator of {args.env_id} behind this policy: sft.py trains one on demonstrations that it makes itself")
     sft_folder, separator = learned
@@ -485,9 +486,9 @@ def main(args: Args) -> None:
     active = ~vla.constant_dims(stats["action"])
     set_seed(args.seed % 2**32)
     stare_utils.check_world(args.env_id)
-    output, writer = open_run(args, "sta_tpo", rank)
+    output, writer = open_run(args, "sta_tpo", rank, state["step"] if state else 0)
     if rank == 0:
-        (output / "source.tmp").write_text(str(source))
+        (output / "source.tmp").write_text(f"{source}\n{vla.fingerprint(source)}")
         (output / "source.tmp").replace(output / "source.txt")
 
     def policy_inputs(obs: dict, steps: torch.Tensor) -> dict:

@@ -807,11 +807,17 @@ class StageVectorEnv:
         sizes = [rows.stop - rows.start for rows in self.rows]
         return torch.cat([like.new_zeros(n, *like.shape[1:]) if half is None else half for half, n in zip(halves, sizes, strict=True)])
 
-def check_world(env_id: str, full_meshes: bool = False) -> None:
+def check_world(env_id: str, full_meshes: bool = False, render: bool = True, backend: str = "cpu", reward: str = "sparse") -> None:
     """Chooses the software driver where there is no GPU, makes the light meshes once, and raises UserError when the task is unknown, its assets
-    are missing or SAPIEN cannot render."""
-    data = mani_skill.ASSET_DIR
-    if get_task(env_id).grid and not ((data / "tasks/bridge_v2_real2sim_dataset").is_dir() and (data / "robots/widowx").is_dir()):
+    are missing, SAPIEN cannot render, or ManiSkill has no such reward of it, or no episodes that end at success on this backend."""
+    data, grid = mani_skill.ASSET_DIR, get_task(env_id).grid
+    if grid and reward == "dense":
+        raise UserError(f"{env_id} has no dense reward in ManiSkill: use --reward stare or sparse")
+    if grid and backend == "cuda":
+        raise UserError(f"{env_id} trains with --backend cpu: on the GPU ManiSkill ends its episodes together, so success could not end one")
+    if not render:
+        return
+    if grid and not ((data / "tasks/bridge_v2_real2sim_dataset").is_dir() and (data / "robots/widowx").is_dir()):
         download = "python -m mani_skill.utils.download_asset"
         raise UserError(f"{env_id} needs assets that are not in {data}: run `{download} bridge_v2_real2sim -y && {download} widowx250s -y`,"
                         " or set MS_ASSET_DIR to the folder whose data/ holds them")  # fmt: skip
@@ -823,8 +829,7 @@ def check_world(env_id: str, full_meshes: bool = False) -> None:
     try:
         sapien.render.RenderSystem("cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
-        raise UserError(f"no Vulkan renderer ({str(error).strip().splitlines()[-1]}). Run ./setup.sh, or: apt-get install mesa-vulkan-drivers"
-                        " libvulkan1 (Debian 12: from bookworm-backports)") from None  # fmt: skip
+        raise UserError(f"no Vulkan renderer ({str(error).strip().splitlines()[-1]}): run ./setup.sh, which mends it or says how") from None
     if not full_meshes:
         light_assets()  # once here, not once in every process
 
@@ -838,12 +843,7 @@ def make_envs(
     """
     if num_envs < 1:
         raise UserError(f"--num-envs must be at least 1, not {num_envs}")
-    if get_task(env_id).grid and kwargs.get("reward") == "dense":
-        raise UserError(f"{env_id} has no dense reward in ManiSkill: use --reward stare or sparse")
-    if get_task(env_id).grid and terminate_on_success and backend == "cuda" and num_envs > 1:
-        raise UserError(f"{env_id} trains with --backend cpu: on the GPU ManiSkill ends its episodes together, so success could not end one")
-    if kwargs.get("render", True):
-        check_world(env_id, full_meshes)
+    check_world(env_id, full_meshes, kwargs.get("render", True), backend if terminate_on_success else "cpu", kwargs.get("reward", "sparse"))
     kwargs |= {"terminate_on_success": terminate_on_success, "full_meshes": full_meshes}
     seed %= 2**32 - num_envs  # ManiSkill takes no larger ones
     return StageEnv(env_id, num_envs, backend, seed, **kwargs) if backend == "cuda" else StageVectorEnv(env_id, num_envs, seed, **kwargs)

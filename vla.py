@@ -505,12 +505,15 @@ def model_folder(name: str) -> Path:
     return folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ValueError where a folder holds no model, one of another kind, or one whose files have changed since they were written."""
+def check_folder(folder: Path, origin: str = "") -> None:
+    """Raises ValueError where a folder holds no model, one of another kind, one whose files have changed since they were written, or another one than
+    that whose fingerprint is `origin`."""
     if not (folder / "config.json").is_file():
         raise ValueError("no checkpoint at that place: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
     if damaged := damage(folder):
         raise ValueError(f"damaged: {damaged}; a run keeps the checkpoint before this one beside it, as checkpoint.old")
+    if origin and origin != fingerprint(folder):
+        raise ValueError("another policy is there now than the one that this run began from: put that back, or choose another --output-dir")
     config = dict(json.loads((folder / "config.json").read_text()))
     if config.get("model_type") != "openvla":
         raise ValueError(f"a {config.get('model_type')!r} model; these scripts train model_type 'openvla' (see vla.py)")
@@ -546,6 +549,12 @@ def checksums(folder: Path) -> dict[str, int]:
             with open(file, "rb") as content:
                 sums[file.name] = functools.reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: content.read(2**24), b""), 0)
     return sums
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells a checkpoint from others that were at the same place; "" where it has no checksums, as published models."""
+    file = folder / "checksums.json"
+    return f"{zlib.crc32(file.read_bytes()):08x}" if file.exists() else ""
 
 
 def damage(folder: Path) -> str:

@@ -98,8 +98,10 @@ def bridge_checkpoint(copy):
 @pytest.mark.parametrize("env_id", [needs_assets("PutCarrotOnPlateInScene-v1")])
 def test_what_simplers_tasks_do_not_have(env_id, copy, refuses):
     refuses("eval", "camera cannot move", "--checkpoint", bridge_checkpoint(copy), "--ood", "camera")
-    with pytest.raises(UserError, match="no dense reward"):
-        make_envs(env_id, 1, 0, reward="dense")
+    refuses("sta_ppo", "no dense reward", "--checkpoint", copy, "--env-id", env_id, "--reward", "dense")
+    for words, kwargs in (("no dense reward", {"reward": "dense"}), ("trains with --backend cpu", {"backend": "cuda"})):
+        with pytest.raises(UserError, match=words):
+            make_envs(env_id, 1, 0, **kwargs)
 
 
 @pytest.mark.parametrize("script", TRAINING)
@@ -107,6 +109,19 @@ def test_resuming_another_scripts_run(script, checkpoint, tmp_path, refuses):
     shutil.copytree(checkpoint, tmp_path / "run")
     vla.write_state(tmp_path / "run/checkpoint", {"script": "sta_other"}, {}, None)
     refuses(script, "is of sta_other, not of", *start(script, checkpoint), "--resume", output=tmp_path / "run")
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_resuming_from_a_policy_that_is_not_what_it_was(script, checkpoint, tmp_path, refuses):
+    source, run, args = shutil.copytree(checkpoint, tmp_path / "source"), tmp_path / "run", {"env_id": "PickCube-v1", "batch_size": 800, "lora_rank": 2}
+    shutil.copytree(checkpoint, run)
+    origin = vla.fingerprint(source / "checkpoint")
+    (run / "source.txt").write_text(f"{source / 'checkpoint'}\n{origin}")
+    (run / "checkpoint/args.json").write_text(json.dumps({**args, "vla": str(source)}))
+    vla.write_state(run / "checkpoint", {"script": script, "source": str(source), "origin": origin}, {}, None)
+    vla.write_state(source / "checkpoint", {"trained": "on"}, {}, None)
+    flag = ("--vla", source) if script == "sft" else ()
+    refuses(script, "another policy is there now", *flag, "--lora-rank", 2, "--resume", output=run)
 
 
 @pytest.mark.slow

@@ -33,6 +33,16 @@ def check_resume(script, monkeypatch, tmp_path, *args):
         assert differing(straight / "checkpoint", stopped / "checkpoint") == []
 
 
+def test_what_was_logged_after_the_last_save_is_not_logged_twice(tmp_path):
+    args = sft.Args(output_dir=str(tmp_path), resume=True)
+    for begin, end in ((0, 5), (3, 6)):  # stopped after step 5, saved after 3
+        _, writer = sft.open_run(args, "sft", 0, begin)
+        for step in range(begin + 1, end + 1):
+            writer.add_scalar("losses/ce", 10 * begin + step, step)
+        writer.close()
+    assert scalars(tmp_path)["losses/ce"] == [1, 2, 3, 34, 35, 36]
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_sft_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
     demos, vla = write_demos(tmp_path / "demos.h5"), checkpoint if lora_rank else "tiny"

@@ -67,7 +67,7 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, ppo, envs, c
         monkeypatch.setattr(sta_ppo, name, value)
     monkeypatch.setattr(envs, "reset", record_reset)
     monkeypatch.setattr(envs, "step", record_step)
-    ppo("run", 1, 36, "--shaping-weight", 0.5, "--gamma", 0.9, "--silent-stages", silent)
+    run = ppo("run", 1, 36, "--shaping-weight", 0.5, "--gamma", 0.9, "--silent-stages", silent)
 
     head = RandomHead(64)
     head.load_state_dict(seen["head"])
@@ -95,6 +95,11 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, ppo, envs, c
         infos = next_infos
     assert seen["terminated"].any(0).tolist() == [True, False] and seen["done"][29, 1]  # both kinds of ending were there
     assert (seen["values"][1:] - seen["next_values"][:-1])[seen["done"][:-1]].abs().min() > 1e-3  # and were no ordinary steps
+    # The sum of r' over each first episode telescopes: what the shaping adds is Phi at its end, 0 where it is terminal, less Phi at its beginning
+    ends, phi = seen["done"].long().argmax(0), potential(trace[0][1])
+    last = potential(trace[ends[1] + 1][-1]["final_info"])[1]
+    returns = 0.9 ** ends[0] - 0.5 * phi[0], 0.5 * (0.9 ** (ends[1] + 1) * last - phi[1])
+    assert scalars(run)["charts/shaped_return"] == pytest.approx([sum(returns).item() / 2], abs=1e-5)
 
 
 def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
