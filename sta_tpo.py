@@ -467,7 +467,7 @@ def main(args: Args) -> None:
         raise UserError(f"{path} is not an empty folder: choose another --export-pairs")
     rank, world, device = join_processes(args.cuda)
     given, record, resume = args.vla or args.checkpoint, Path(args.output_dir) / "source.txt", args.resume and args.output_dir
-    recorded, origin = record.read_text().split("\n") if resume and record.exists() else ("", "")
+    recorded, origin = record.read_text().partition("\n")[::2] if resume and record.exists() else ("", "")
     state = load_state(Path(args.output_dir), "sta_tpo", rank) if resume else None
     if recorded and given and Path(recorded).resolve() != load_policy(given, device)[2].resolve():
         raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {given}: choose another --output-dir")
@@ -525,7 +525,7 @@ def main(args: Args) -> None:
     for k, name in enumerate(task.stages):
         rows = [segment_rows(rollout, k, K, True) for rollout in rollouts]
         completed = [rollout["success"] or segment_stages(rollout["stage"], K).max() > k for rollout in rollouts]
-        costs = [float(rollout["distance"][r].mean()) for rollout, r in zip(rollouts, rows, strict=True) if len(r)]
+        costs = [float(rollout["distance"][r].mean()) for rollout, r in zip(rollouts, rows, strict=True) if len(r) and separator is None]
         for key, values in {"reached": completed, "steps": [len(r) for r in rows], "cost": costs}.items():
             if values and rank == 0:
                 writer.add_scalar(f"stage/{k}_{name}_{key}", np.mean(values), 0)

@@ -100,7 +100,7 @@ def one_line_errors():
     except (UserError, OSError, RuntimeError, SafetensorError) as error:
         code, line = 2, next(iter(str(error).splitlines()), "")
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in line:
-            line = "out of memory: lower --chunk-size (and --num-envs, --batch-size), or add --gradient-checkpointing, or --lora-rank 32"
+            line = "out of memory: lower --num-envs; where it trains --chunk-size and --batch-size too, or add --gradient-checkpointing or --lora-rank 32"
         elif "invalid device ordinal" in line:
             line = f"more processes than GPUs on this node: give torchrun --nproc-per-node {torch.cuda.device_count()}"
         elif torch.distributed.is_initialized() and ("gloo" in line or isinstance(error, torch.distributed.DistError)):

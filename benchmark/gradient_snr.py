@@ -53,7 +53,7 @@ def fit_values(rollouts: list[dict], hidden: torch.Tensor, half: torch.Tensor, g
 
 def main(run: str, gae_lambda: tuple[float, ...] = (0.95, 0.8, 0.5), shaping_weight: tuple[float, ...] = (0.25,)) -> None:
     device = torch.device("cpu")
-    model, processor, _ = load_policy((Path(run) / "source.txt").read_text(), device)
+    model, processor, _ = load_policy((Path(run) / "source.txt").read_text().split("\n")[0], device)
     env_id = json.loads((Path(run) / "checkpoint/args.json").read_text())["env_id"]
     stats, task = model.config.norm_stats[env_id], stare_utils.get_task(env_id)
     active = ~vla.constant_dims(stats["action"])

@@ -281,23 +281,41 @@ def test_evaluating_twice_gives_identical_rows(evaluate):
 
 
 def test_evaluation_counts_success_and_stages_of_the_expert(evaluate, endless, monkeypatch):
-    """Three episodes in two envs: a batch that is not full. The policy is the expert, as tokens, in env 0 alone."""
-    expert = ScriptedExpert(endless)
+    """Three episodes in two envs: a batch that is not full. The policy is the expert, as tokens, in env 0 alone; it leaves the last goal again."""
+    expert, calls = ScriptedExpert(endless), []
 
     def act(model, inputs, active, greedy):
         assert greedy
-        return vla.tokenize_actions(torch.cat([expert.act()[:1], HOLD[:1]]), STATS["action"]), None, None
+        calls.append(1)
+        up = torch.tensor([[0.0, 0, 1, 0, 0, 0, -1]])
+        return vla.tokenize_actions(torch.cat([up if len(calls) > 95 else expert.act()[:1], HOLD[:1]]), STATS["action"]), None, None
 
     monkeypatch.setattr(evaluation, "sample_action", act)
     monkeypatch.setattr(endless, "play", functools.partial(stare_utils.StageEnv.play, endless))  # all envs at once
     result = evaluate(*tiny_model(), "PickCube-v1", 3, 1, 2)
     rows = result["episodes"]
-    assert [row["success_once"] for row in rows] == [row["success_at_end"] for row in rows] == [True, False, True]
-    assert result["success_once"] == result["success_at_end"] == result["stage_reach_rate"][-1] == pytest.approx(2 / 3)
+    assert [row["success_once"] for row in rows] == [True, False, True] and [row["success_at_end"] for row in rows] == [True, False, False]
+    assert result["success_once"] == result["stage_reach_rate"][-1] == 2 * result["success_at_end"] == pytest.approx(2 / 3)
     assert len(result["stage_reach_rate"]) == K and [row["furthest_stage"] for row in rows] == [K, 0, K]
     assert [row["seed"] - stare_utils.EVAL_SEED for row in rows] == [100_000, 100_001, 100_002]
     assert all(sum(row["stage_steps"]) == row["episode_len"] == 50 for row in rows) and rows[1]["stage_steps"][0] == 50
-    assert all(min(row["stage_steps"]) > 0 and row["return"] == row["stage_steps"][K] + 1 for row in (rows[0], rows[2]))
+    assert all(min(row["stage_steps"]) > 0 and row["return"] == row["stage_steps"][K] + row["success_at_end"] for row in (rows[0], rows[2]))
+
+
+def test_intervals_by_hand():
+    assert evaluation.wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)  # as scipy's binomtest(8, 10).proportion_ci(method="wilson")
+    a, b = ([{"seed": seed, "success_once": won == 1} for seed, won in rows.items()] for rows in ({5: 0, 6: 0, 7: 0, 8: 1}, {8: 0, 5: 1, 6: 0, 7: 1, 9: 1}))
+    found = evaluation.paired_difference(a, b)  # -1, 1, 0, 1: mean 1/4, variance 11/12
+    assert found["num_episodes"] == 4 and found["difference"] == 0.25 and found["high"] - 0.25 == 0.25 - found["low"] == pytest.approx(0.938261, abs=1e-6)
+
+
+def test_where_episodes_are_lost_is_told_stage_by_stage():
+    rows = [{"seed": k, "success_once": k == 4, "success_at_end": False, "return": 0.0, "episode_len": 50, "furthest_stage": k, "stage_steps": [k] * 5}
+            for k in (0, 1, 3, 4)]  # fmt: skip
+    result = evaluation.mean_rows(rows, 4)
+    assert result["stage_reach_rate"] == [0.75, 0.5, 0.5, 0.25] and result["stage_steps"] == [2.0] * 4
+    _, line, _ = evaluation.result_table([{**result, "method": "SFT", "env_id": "PickCube-v1"}]).splitlines()
+    assert line.split("]")[1].split() == "0.0 % 75.0 % 66.7 % 100.0 % 50.0 %".split()
 
 
 def test_success_in_the_reset_state_counts_nowhere(envs):

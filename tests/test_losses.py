@@ -157,6 +157,7 @@ def cost_gap(rollouts, pair, stage_aware):
     k, chosen, rejected, _ = pair
     return describe(rollouts[chosen], stage_aware)[1][k] - describe(rollouts[rejected], stage_aware)[1][k]
 
+
 def test_who_lingers_near_the_goal_wins_by_the_mean_and_loses_by_the_sum():
     slow, quick = [0.8, 0.4, 0.1, 0.1, 0.1, 0.1, 0.1], [0.8, 0.4, 0.1]
     rollouts = [{"init_seed": 0, "stage": torch.tensor([0] * len(d) + [1]), "distance": torch.tensor([*d, 0.0]), "success": True} for d in (slow, quick)]
@@ -166,14 +167,13 @@ def test_who_lingers_near_the_goal_wins_by_the_mean_and_loses_by_the_sum():
         assert (first["cost_chosen"], first["cost_rejected"]) == pytest.approx(costs)
 
 
-
 @given(ROLLOUTS, st.integers(1, 3))
-def test_few_pairs_are_kept_per_state_and_stage_completions_first(rollouts, most):
+def test_few_pairs_are_kept_per_state_and_stage_completions_first_then_the_widest_gaps(rollouts, most):
     every, kept = (sta_tpo.build_stage_pairs(rollouts, K, max_pairs_per_stage=limit) for limit in (10**9, most))
     for group in {(rollouts[pair["chosen"]]["init_seed"], pair["stage"]) for pair in every}:
         of_group = [[p for p in pairs if (rollouts[p["chosen"]]["init_seed"], p["stage"]) == group] for pairs in (every, kept)]
-        completions = [sum(p["reason"] == "completed" for p in pairs) for pairs in of_group]
-        assert len(of_group[1]) == min(most, len(of_group[0])) and completions[1] == min(most, completions[0])
+        order = [[(p["reason"] != "completed", p["cost_chosen"] - p["cost_rejected"]) for p in pairs] for pairs in of_group]
+        assert order[1] == sorted(order[0])[:most]
 
 
 @pytest.mark.parametrize(("reduction", "sign", "stage_aware"), [("mean", -1, True), ("sum", 1, True), ("mean", -1, False)])

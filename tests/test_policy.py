@@ -43,6 +43,9 @@ def test_rollout_and_update_give_an_action_the_same_probability(make, greedy):
     assert logprob.shape == entropy.shape == (4,) and logprob.dtype == newlogprob.dtype == torch.float32
     assert (logprob < -1).all() and (entropy > 0).all()
     assert not greedy or torch.equal(best[:, ACTIVE], bins[:, ACTIVE])
+    with torch.no_grad():  # OpenVLA's numbering: the last id of the actions is bin 0
+        end, first = model.config.action_id_end, model(**inputs, logits_to_keep=1).logits[:, -1]
+    assert not greedy or torch.equal(end - 1 - bins[:, 0], end - 256 + first[:, end - 256 : end].argmax(-1))
 
 
 def test_an_instruction_has_the_same_probability_beside_a_longer_one():

@@ -194,7 +194,7 @@ def test_pairs_of_the_learned_separator_know_no_distance(tpo, monkeypatch):
         monkeypatch.setitem(rollout, "stage", rollout["stage"].clone())
         monkeypatch.setitem(rollout, "distance", rollout["distance"].clone())
     run = tpo("--stage-source", "learned")
-    folder, separator = vla.load_separator(Path((run / "source.txt").read_text()), "PickCube-v1", torch.device("cpu"))
+    folder, separator = vla.load_separator(Path((run / "source.txt").read_text().split()[0]), "PickCube-v1", torch.device("cpu"))
     model, processor, _ = sta_tpo.load_policy(folder, torch.device("cpu"))
     with torch.no_grad():
         for rollout in seen["rollouts"]:
@@ -203,6 +203,7 @@ def test_pairs_of_the_learned_separator_know_no_distance(tpo, monkeypatch):
     assert len(torch.cat([rollout["stage"] for rollout in seen["rollouts"]]).unique()) > 1
     assert all((r["distance"] == 0).all() and (r["stage"].diff() >= 0).all() for r in seen["rollouts"])
     assert {pair["reason"] for pair in pairs_of(seen["rollouts"], K)} == {"completed"}
+    assert not [key for key in scalars(run) if key.endswith("_cost")]
 
 
 PPO = {"losses/first_ratio": 1.0, "losses/rollout_update_logprob_gap": 1e-5, "losses/entropy": 10.0, "charts/success_once": 0.5, "charts/shaped_return": 0.4}

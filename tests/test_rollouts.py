@@ -1,4 +1,5 @@
 """What the scripts take from the simulator: PPO's buffer, roll-outs for pairs, demonstrations."""
+import dataclasses
 import functools
 import json
 import math
@@ -34,10 +35,26 @@ def ppo(checkpoint, envs, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("silent", ["", "reach,transport"])
-def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, ppo, envs, checkpoint, monkeypatch):
-    """Env 0 acts as the expert and succeeds, env 1 waits until it is truncated; the roll-out goes on into their next episodes."""
-    trace, seen, heads, step, reset, expert = [], {}, [], envs.step, envs.reset, ScriptedExpert(envs)
+def expert_and_one_who_lets_go(envs):
+    """The policy of an env that acts as the expert and of one that does so to the last stage, lets the cube fall there and waits; as tokens."""
+    expert, ago = ScriptedExpert(envs), 0
+
+    def act(stage: torch.Tensor) -> torch.Tensor:
+        nonlocal ago
+        ago += ago > 0 or int(stage[1]) == K - 1
+        actions = expert.act()
+        actions[1] = torch.tensor([0, 0, ago < 5, 0, 0, 0, 1]) if ago else actions[1]  # upwards: an arm at rest would make it a success
+        return vla.tokenize_actions(actions, STATS["action"])
+
+    return act
+
+
+@pytest.mark.parametrize(("silent", "whole"), [("", 1), ("reach,transport", 2)])
+def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, whole, ppo, envs, checkpoint, monkeypatch):
+    """Env 0 succeeds, twice, env 1 is truncated; the roll-out goes on into their next episodes. Of each env the first episode counts, or, where PPO takes
+    the horizon to be 19 steps, the first two."""
+    monkeypatch.setitem(stare_utils.TASKS, "PickCube-v1", dataclasses.replace(TASK, max_episode_steps=50 if whole == 1 else 19))
+    trace, seen, heads, step, reset, policy = [], {}, [], envs.step, envs.reset, expert_and_one_who_lets_go(envs)
     sample_action, compute_gae = sta_ppo.sample_action, sta_ppo.compute_gae
 
     def record_reset(seed=None):
@@ -49,8 +66,7 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, ppo, envs, c
         return trace[-1]
 
     def act(model, inputs, active, **kwargs):
-        bins = vla.tokenize_actions(torch.cat([expert.act()[:1], torch.tensor([[0.0, 0, 0, 0, 0, 0, 1]])]), STATS["action"])
-        return bins, *sample_action(model, inputs, active)[1:]
+        return policy(trace[-1][-1]["stage"]), *sample_action(model, inputs, active)[1:]
 
     def record_gae(*args):
         seen.update(zip(("rewards", "values", "next_values", "terminated", "done"), args))
@@ -67,7 +83,7 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, ppo, envs, c
         monkeypatch.setattr(sta_ppo, name, value)
     monkeypatch.setattr(envs, "reset", record_reset)
     monkeypatch.setattr(envs, "step", record_step)
-    run = ppo("run", 1, 36, "--shaping-weight", 0.5, "--gamma", 0.9, "--silent-stages", silent)
+    run = ppo("run", 1, 38, "--shaping-weight", 0.5, "--gamma", 0.9, "--silent-stages", silent)
 
     head = RandomHead(64)
     head.load_state_dict(seen["head"])
@@ -83,7 +99,7 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, ppo, envs, c
 
     infos = trace[0][1]
     assert silent or all(torch.equal(potential(step[-1]), step[-1]["potential"]) for step in trace)
-    for t, (obs, reward, terminated, truncated, next_infos) in enumerate(trace[1:37]):
+    for t, (obs, reward, terminated, truncated, next_infos) in enumerate(trace[1:39]):
         done = terminated | truncated
         assert torch.equal(seen["terminated"][t], terminated) and torch.equal(seen["done"][t], done)
         phi, v = potential(next_infos), value(obs)
@@ -95,17 +111,102 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, ppo, envs, c
         infos = next_infos
     assert seen["terminated"].any(0).tolist() == [True, False] and seen["done"][29, 1]  # both kinds of ending were there
     assert (seen["values"][1:] - seen["next_values"][:-1])[seen["done"][:-1]].abs().min() > 1e-3  # and were no ordinary steps
-    # The sum of r' over each first episode telescopes: what the shaping adds is Phi at its end, 0 where it is terminal, less Phi at its beginning
-    ends, phi = seen["done"].long().argmax(0), potential(trace[0][1])
-    last = potential(trace[ends[1] + 1][-1]["final_info"])[1]
-    returns = 0.9 ** ends[0] - 0.5 * phi[0], 0.5 * (0.9 ** (ends[1] + 1) * last - phi[1])
-    assert scalars(run)["charts/shaped_return"] == pytest.approx([sum(returns).item() / 2], abs=1e-5)
+
+    rows = []
+    for i in range(2):
+        ends = [-1, *seen["done"][:, i].nonzero()[:, 0].tolist()]
+        for begin, end in list(zip(ends, ends[1:]))[:whole]:
+            states, final = [trace[t][-1] for t in range(begin + 1, end + 1)], trace[end + 1][-1]["final_info"]
+            labels, won, T = [int(infos["stage"][i]) for infos in states], bool(seen["terminated"][end, i]), end - begin
+            # The sum of r' telescopes: what the shaping adds is Phi at the end, 0 where it is terminal, less Phi at the beginning
+            shaped = (0.9 ** (T - 1) if won else 0.5 * 0.9**T * potential(final)[i]) - 0.5 * potential(states[0])[i]
+            rows.append({"charts/success_once": won, "charts/success_at_end": won, "charts/episodic_return": won, "charts/shaped_return": float(shaped),
+                         "charts/episodic_length": T, "charts/furthest_stage": K if won else max(labels)})  # fmt: skip
+            for k, stage in enumerate(TASK.stage_table):
+                costs = [float(infos["stage_distance"][i]) / stage.length for infos, label in zip(states, labels) if label == k]
+                numbers = {"reached": won or max(labels) > k, "steps": len(costs), "cost": np.mean(costs or np.nan)}
+                rows[-1] |= {f"stage/{k}_{stage.name}_{name}": value for name, value in numbers.items()}
+    assert len(rows) == 1 + whole and [row["charts/furthest_stage"] for row in rows] == [K] * whole + [K - 1]
+    curves = scalars(run)
+    for key in rows[0]:
+        assert curves[key] == pytest.approx([np.nanmean([row[key] for row in rows])], abs=1e-5), key
 
 
 def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
     sparse, zero, stare = ppo("sparse", 1, 20, "--reward", "sparse"), ppo("zero", 1, 20, "--shaping-weight", 0), ppo("stare")
     assert differing(sparse / "checkpoint", zero / "checkpoint") == []
     assert differing(sparse / "checkpoint", stare / "checkpoint")
+    assert differing(ppo("default", 1, 20, "--shaping-weight", 1 / K) / "checkpoint", stare / "checkpoint") == []
+
+
+def test_target_kl_ends_the_epochs(ppo):
+    stopped, one = ppo("stopped", 1, 20, "--update-epochs", 3, "--target-kl", 0), ppo("one", 1, 20, "--update-epochs", 1)
+    assert differing(stopped / "checkpoint", one / "checkpoint") == []
+
+
+def test_a_resumed_adapter_is_the_trained_one(ppo, checkpoint):
+    lora = ("--lora-rank", 2, "--num-minibatches", 1)
+    trained = tensors(ppo("run", 1, 20, *lora, "--learning-rate", 0.01) / "checkpoint")
+    kept = tensors(ppo("run", 2, 20, *lora, "--learning-rate", 0, "--resume") / "checkpoint")
+    policy = [name for name in trained if name.startswith("model.")]
+    assert all(torch.equal(trained[name], kept[name]) for name in policy)
+    assert not all(torch.equal(trained[name], tensors(checkpoint / "checkpoint")[name]) for name in policy)
+
+
+@pytest.mark.parametrize("by_stage", [False, True])
+def test_the_gradients_of_an_update_are_those_of_plain_autograd(by_stage, ppo, checkpoint, monkeypatch):
+    """The real main: three updates of two epochs each against the docstring's loss, written anew; and what it logs about them."""
+    seen, buffers, batches, gae, normalize = [], [], [], sta_ppo.compute_gae, sta_ppo.normalize
+
+    def record_gae(*args):
+        advantages, returns = gae(*args)
+        buffers.append({"advantages": advantages.flatten(), "returns": returns.flatten(), "values": args[1].flatten().clone()})
+        return advantages, returns
+
+    def record_stages(advantages, stages):
+        buffers[-1].setdefault("stages", stages)  # it calls itself for each stage
+        return normalize(advantages, stages)
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *args):
+            seen.append([[x.detach().clone() for x in (p, p.grad)] for group in self.param_groups for p in group["params"]])
+            return super().step(*args)
+
+    monkeypatch.setattr(sta_ppo, "compute_gae", record_gae)
+    monkeypatch.setattr(sta_ppo, "normalize", record_stages)
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    monkeypatch.setattr(stare_utils, "refuse_nan", lambda losses, output, batch: batches.append({name: x.clone() for name, x in batch.items()}))
+    curves = scalars(ppo("run", 3, 20, "--update-epochs", 2, "--num-minibatches", 1, "--kl-coef", 0.3, "--vf-coef", 50, "--max-grad-norm", 1e9,
+                         "--learning-rate", 3e-4, *["--stage-advantage"] * by_stage))  # fmt: skip
+    assert len(seen) == 6 and curves["charts/learning_rate"] == pytest.approx([3e-4, 2e-4, 1e-4])
+    (start, processor, _), (model, *_), head = *(sta_ppo.load_policy(str(checkpoint), torch.device("cpu")) for _ in range(2)), sta_ppo.ValueHead(64)
+    params = [*model.parameters(), *head.parameters()]
+    for update, (buffer, batch) in enumerate(zip(buffers, batches, strict=True)):
+        advantages, returns, values, stages = buffer.values()
+        assert (stages is not None) == by_stage and (not by_stage or len(stages) == len(advantages))
+        inputs, A, rows = prompt(processor, batch), normalize(advantages, stages), []
+        with torch.no_grad():
+            reference = sta_ppo.action_logprob(start, inputs, batch["bins"], ACTIVE)[0]
+        for epoch, state in enumerate(seen[2 * update : 2 * update + 2]):
+            for p, (value, _) in zip(params, state, strict=True):
+                p.data.copy_(value)
+                p.grad = None
+            logprob, entropy, hidden, _ = sta_ppo.action_logprob(model, inputs, batch["bins"], ACTIVE)
+            old = logprob.detach() if epoch == 0 else old  # noqa: F821
+            logratio, kl = logprob - old, (logprob - reference).square().mean() / 2
+            ratio, v_loss = logratio.exp(), (head(hidden) - returns).square().mean() / 2
+            pg_loss = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
+            (pg_loss + 50 * v_loss + 0.3 * kl).backward()
+            mine, theirs = (torch.cat([grad.flatten() for grad in grads]) for grads in ([p.grad for p in params], [grad for _, grad in state]))
+            assert (mine - theirs).norm() < 1e-4 * mine.norm(), (update, epoch)
+            clipped = ((ratio - 1).abs() > 0.2).float().mean()
+            rows.append([pg_loss, v_loss, entropy.mean(), -logratio.mean(), (ratio - 1 - logratio).mean(), clipped, mine.norm(), kl])
+        names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm", "kl_to_start")
+        expected = dict(zip(names, torch.tensor(rows).mean(0).tolist(), strict=True)) | {"advantage_std": advantages.std().item()}
+        expected["explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
+        for name, value in expected.items():
+            assert curves[f"losses/{name}"][update] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert 0 < clipped < 1 and kl > 1e-4 and values.var() > 0
 
 
 def test_chunks_and_gradient_checkpointing_change_no_gradient(ppo):
@@ -164,13 +265,14 @@ def test_learned_stages_shape_the_reward_and_the_simulator_s_potential_is_not_re
     hidden_of = torch.no_grad()(lambda obs: model(**prompt(processor, obs), logits_to_keep=1).last_hidden_state[:, -1])
     separator.bias.data = -separator.weight @ hidden_of(reset(1)[0]).mean(0)  # an untrained one would see one stage everywhere
     monkeypatch.setattr(vla, "load_separator", lambda *args: (folder, separator))
-    run = ppo("run", 2, 20, "--stage-source", "learned", "--kl-coef", 0.5, "--lora-rank", 2, "--learning-rate", 0.01, "--no-anneal-lr")
+    run = ppo("run", 2, 20, "--stage-source", "learned", "--kl-coef", 0.5, "--lora-rank", 2, "--learning-rate", 0.01, "--no-anneal-lr",
+              "--update-epochs", 1, "--num-minibatches", 1)  # so that inside an update nothing moves away from the roll-out's policy  # fmt: skip
     labels = [separator(hidden_of(obs)).argmax(-1).float() for obs in seen[1:22]]  # after the reset of the first roll-out
     assert len(torch.cat(labels).unique()) > 1
     for t, (phi, next_phi) in enumerate(potentials[:20]):
         assert torch.equal(phi, labels[t]) and torch.equal(next_phi, labels[t + 1])  # 20 steps of 30: no episode ends
     curves = scalars(run)
-    assert all(abs(ratio - 1) < 1e-4 for ratio in curves["losses/first_ratio"]) and curves["losses/kl_to_start"][1] > 1e-4
+    assert all(abs(ratio - 1) < 1e-4 for ratio in curves["losses/first_ratio"]) and curves["losses/kl_to_start"][1] > 1e-2
     assert all(math.isfinite(value) for values in curves.values() for value in values)
     with pytest.raises(stare_utils.UserError, match="--lora-rank = 2, not 0"):
         ppo("run", 4, 20, "--resume")
@@ -220,6 +322,33 @@ def test_rollouts_begin_in_the_state_they_are_named_after_and_a_stopped_collecti
         file.unlink()
     sta_tpo.collect_rollouts(*arguments)
     assert sorted((tmp_path / "rollouts").iterdir()) == files and all(file.stat().st_mtime_ns == written for file, written in kept.items())
+
+
+def test_a_rollout_keeps_the_stages_and_distances_of_its_segments_and_its_own_success(checkpoint, envs, tmp_path, monkeypatch):
+    """Env 1 begins where success holds already, which is its first stage, and loses the cube: the distance stays that of the furthest stage."""
+    trace, step, reset, policy = [], envs.step, envs.reset, expert_and_one_who_lets_go(envs)
+
+    def record(found):
+        trace.append({name: found[-1][name].clone() for name in ("stage", "distances")})
+        trace[0]["stage"][1] = found[-1]["stage"][1] = K if len(trace) == 1 else found[-1]["stage"][1]
+        return found
+
+    monkeypatch.setattr(envs, "close", lambda: None)
+    monkeypatch.setattr(envs, "reset", lambda seed: record(reset(seed)))
+    monkeypatch.setattr(envs, "step", lambda actions: record(step(actions)))
+    monkeypatch.setattr(sta_tpo, "make_envs", lambda *args, **kwargs: envs)
+    monkeypatch.setattr(sta_tpo, "sample_action", lambda *args: (policy(trace[-1]["stage"]), None, None))
+    model, processor, _ = sta_tpo.load_policy(str(checkpoint), torch.device("cpu"))
+    args = sta_tpo.Args(num_envs=2, num_initial_states=1, rollouts_per_state=2)
+    rollouts = sta_tpo.read_rollouts(sta_tpo.collect_rollouts(tmp_path / "rollouts", model, processor, ACTIVE, STATS, args))
+    assert [rollout["success"] for rollout in rollouts] == [True, False] and len(rollouts[0]["stage"]) < len(rollouts[1]["stage"]) == 30
+    for i, rollout in enumerate(rollouts):
+        stages = [int(infos["stage"][i]) if t or not i else 0 for t, infos in enumerate(trace[: len(rollout["stage"])])]
+        assert rollout["stage"].tolist() == stages and max(stages) == K - 1
+        furthest = np.maximum.accumulate(stages)
+        distances = [trace[t]["distances"][i, k].item() / TASK.stage_table[k].length for t, k in enumerate(furthest)]
+        assert rollout["distance"].tolist() == pytest.approx(distances)
+    assert min(stages[-5:]) < K - 1  # it fell back
 
 
 def test_demonstrations_are_what_the_simulator_did_and_their_labels_are_clean(sft_run, envs):

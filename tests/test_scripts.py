@@ -10,6 +10,7 @@ import torch
 from conftest import PPO_UPDATE, ROOT, TASK, differing, output_of, scalars, tensors
 
 import stare_utils
+import vla
 
 K = len(TASK.stages)
 
@@ -68,6 +69,9 @@ def resumed_run(workspace, tpo_run, ppo_run):
 def test_ppo_stopped_and_resumed_equals_straight_bit_for_bit(ppo_run, resumed_run):
     assert "value_head.safetensors/layers.1.weight" in tensors(ppo_run / "checkpoint")
     assert differing(ppo_run / "checkpoint", resumed_run / "checkpoint") == []
+    straight, resumed = (vla.read_state(run / "checkpoint") for run in (ppo_run, resumed_run))
+    assert str(straight["recent"]) == str(resumed["recent"]) and straight["recent"]  # in text, where no number equals no number
+    assert straight["first"]["losses/entropy"] == resumed["first"]["losses/entropy"]
 
 
 def test_critic_warmup_trains_the_value_head_alone_and_then_everything_moves(workspace, tpo_run, ppo_run, resumed_run):
@@ -75,6 +79,9 @@ def test_critic_warmup_trains_the_value_head_alone_and_then_everything_moves(wor
     assert [name for name in before if not torch.equal(before[name], warm[name])] == []
     assert warm["value_head.safetensors/layers.3.weight"].any()  # begins at zero
     assert [name for name in warm if torch.equal(warm[name], after[name])] == []
+    assert scalars(ppo_run)["charts/learning_rate"] == pytest.approx([0, 0, 5e-5, 5e-5])
+    moments = vla.read_state(workspace / "runs/stopped")["moments"].values()
+    assert moments and all(row["exp_avg_sq"].any() and not row["exp_avg"].any() for row in moments)  # its directions are forgotten
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Stages without a simulator: tables, signals, segments, costs, shaping."""
 import math
+import types
 from itertools import combinations_with_replacement
 
 import pytest
@@ -80,7 +81,8 @@ def pick_cube_state(**changes):
     state = {"tool": [0.0, 0.0, 0.2], "object": [0.0, 0.0, 0.02], "object_start": [0.0, 0.0, 0.02], "goal": [0.0, 0.1, 0.2], "grasped": False,
              "yaw_error": 0.0, "opening": 0.08, "width": 0.04, "speed": 0.0}  # fmt: skip
     state = {name: torch.tensor([value]) for name, value in {**state, **changes}.items()}
-    return {**state, "to_grip": norm(state["tool"] - state["object"]), "to_goal": norm(state["object"] - state["goal"])}
+    offset = state["object"] - state["goal"]
+    return {**state, "to_grip": norm(state["tool"] - state["object"]), "to_goal": norm(offset), "beside_goal": norm(offset[:, :2]), "above_goal": offset[:, 2]}
 
 
 @pytest.mark.parametrize(
@@ -93,11 +95,55 @@ def pick_cube_state(**changes):
         ({"tool": [0.0, 0.0, 0.06], "object": [0.0, 0.0, 0.06], "grasped": True}, 2),  # lifted
         ({"tool": [0.04, 0.0, 0.02], "object": [0.04, 0.0, 0.02], "grasped": True}, 2),  # carried along the table
         ({"tool": [0.0, 0.1, 0.18], "object": [0.0, 0.1, 0.18], "grasped": True}, 3),
+        ({"tool": [0.0, 0.1, 0.155], "object": [0.0, 0.1, 0.155], "grasped": True}, 2),  # not yet near the goal
+        ({"tool": [0.0, 0.1, 0.3], "object": [0.0, 0.1, 0.18]}, 0),  # near it, but not held
         ({"tool": [0.0, 0.1, 0.18], "object": [0.04, 0.0, 0.02]}, 0),  # dropped: the label falls back
     ],
 )
 def test_stages_of_pick_cube(changes, stage):
     assert stage_signals(stare_utils.TASKS["PickCube-v1"], pick_cube_state(**changes), torch.tensor([False]), "sigmoid", "offset")["stage"] == stage
+
+
+@pytest.mark.parametrize(("env_id", "near"), [("StackCube-v1", 0.03), ("PlaceSphere-v1", 0.02), ("PutCarrotOnPlateInScene-v1", 0.04),
+                                              ("PutSpoonOnTableClothInScene-v1", 0.08), ("StackGreenCubeOnYellowCubeBakedTexInScene-v1", 0.03),
+                                              ("PutEggplantInBasketScene-v1", 0.1)])  # fmt: skip
+def test_placing_begins_near_the_goal_beside_and_above(env_id, near):
+    task, signals = stare_utils.TASKS[env_id], []
+    for beside, above in ((0.9, 0.9), (1.1, 0.5), (0.5, 1.1), (0.5, -1.1)):
+        where = [0.0, 0.1 + beside * near, 0.2 + above * near]
+        signals.append(stage_signals(task, pick_cube_state(tool=where, object=where, grasped=True), torch.tensor([False]), "sigmoid", "offset")["stage"].item())
+    assert signals == [3, 2, 2, 2]
+
+
+def test_distances_of_grasp_and_place_by_hand():
+    reach, grasp, transport, place = stare_utils.TASKS["StackCube-v1"].stage_table
+    low, goal = [0.0, 0.0, 0.02], [0.0, 0.1, 0.2]
+    assert grasp.distance(pick_cube_state(tool=low)).item() == pytest.approx(0.04 + 0.03)  # the fingers have to close by 4 cm, the cube to move by 3
+    assert grasp.distance(pick_cube_state(tool=low, grasped=True)).item() == pytest.approx(0.03)
+    for opening, left in ((0.04, 0.01), (0.06, 0.0)):  # let go: 1 cm wider than the cube
+        assert place.distance(pick_cube_state(tool=goal, object=goal, opening=opening)).item() == pytest.approx(left, abs=1e-6)
+
+
+def pushing(tool: tuple) -> dict:
+    """What observe_push reads of an env with the tool there, whose cube lies at 0, 0 and whose goal is at 0.3, 0."""
+    at = lambda *p: types.SimpleNamespace(p=torch.tensor([p]), q=torch.tensor([[1.0, 0, 0, 0]]))  # noqa: E731
+    arm = types.SimpleNamespace(config=types.SimpleNamespace(use_target=False))
+    link = types.SimpleNamespace(pose=at(*tool), linear_velocity=torch.zeros(1, 3))
+    robot = types.SimpleNamespace(links_map={stare_utils.PANDA.tool: link}, qpos=torch.zeros(1, 9))
+    agent = types.SimpleNamespace(robot=robot, controller=types.SimpleNamespace(controllers={"arm": arm}))
+    goal = types.SimpleNamespace(pose=at(0.3, 0.0, 0.0))
+    return stare_utils.observe_push(types.SimpleNamespace(agent=agent, obj=types.SimpleNamespace(pose=at(0.0, 0.0, 0.02)), goal_region=goal, goal_radius=0.1))
+
+
+@pytest.mark.parametrize(("tool", "stage"), [
+    ((-0.045, 0.0, 0.02), 1), ((-0.075, 0.0, 0.02), 1), ((-0.085, 0.0, 0.02), 0),  # behind the cube, too far behind
+    ((-0.005, 0.0, 0.02), 0), ((0.045, 0.0, 0.02), 0),  # inside it, before it
+    ((-0.045, 0.025, 0.02), 1), ((-0.045, 0.035, 0.02), 0), ((-0.045, 0.0, 0.05), 0),  # beside it, above it
+])  # fmt: skip
+def test_pushing_begins_behind_the_cube(tool, stage):
+    signals = stage_signals(stare_utils.TASKS["PushCube-v1"], pushing(tool), torch.tensor([False]), "sigmoid", "offset")
+    assert signals["stage"] == stage
+    assert signals["distances"][0].tolist() == pytest.approx([math.dist(tool, (-0.045, 0.0, 0.02)), 0.2], abs=1e-6)  # to the grip; to the goal's rim
 
 
 def test_tasks_have_what_outside_checks_read():

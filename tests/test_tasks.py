@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, needs_assets, output_of, scalars, write_demos
+from conftest import ROOT, call, needs_assets, output_of, scalars, tiny_model, write_demos
 
 import eval as evaluation
 import sft
@@ -23,22 +23,23 @@ def state_env(env_id, **options) -> StageEnv:
 
 
 def run_expert(envs, num_episodes: int, seed: int = 100) -> list[dict]:
-    """Episodes of the expert, one reset at the very start: stages and potentials of the states acted in, rewards and final infos of each."""
+    """Episodes of the expert, one reset at the very start: stages, distances and potentials of the states acted in, rewards and final infos of each."""
     expert, episodes, (_, infos) = ScriptedExpert(envs), [], envs.reset(seed=seed)
-    limit, open_rows = torch.tensor(envs.task.arm.limit), [{"stage": [], "potential": [], "reward": []} for _ in range(envs.num_envs)]
+    limit, names = torch.tensor(envs.task.arm.limit), ("stage", "stage_distance", "potential", "reward")
+    open_rows = [{name: [] for name in names} for _ in range(envs.num_envs)]
     while len(episodes) < num_episodes:
         actions = expert.act()
         assert actions.shape == (envs.num_envs, 7) and (actions.abs() <= limit).all()
         for i, row in enumerate(open_rows):
-            row["stage"].append(int(infos["stage"][i]))
-            row["potential"].append(float(infos["potential"][i]))
+            for name in names[:3]:
+                row[name].append(infos[name][i].item())
         _, reward, terminated, _, infos = envs.step(actions)
         for i, row in enumerate(open_rows):
             row["reward"].append(float(reward[i]))
             if infos["_final_info"][i]:
                 final = {name: infos["final_info"][name][i].item() for name in ("success", "stage", "potential", "elapsed_steps")}
                 episodes.append({**row, "terminated": bool(terminated[i]), "final": final})
-                open_rows[i] = {"stage": [], "potential": [], "reward": []}
+                open_rows[i] = {name: [] for name in names}
     return episodes
 
 
@@ -63,6 +64,9 @@ def test_expert_goes_through_every_stage_in_order_to_success(env_id, envs, reque
         assert shape_rewards(rewards, phi[:-1], phi[1:], terminated, 1.0, 1 / K).sum().item() == pytest.approx(1 - episode["potential"][0] / K)
         assert phi.max() == phi[-1] == K and episode["potential"][0] < 1
     assert whole >= 6  # a step may jump over a stage, and a goal close to the object be reached in one
+    for k, stage in enumerate(envs.task.stage_table):  # L_k is the distance at entry
+        entered = [episode["stage_distance"][episode["stage"].index(k)] for episode in solved if k in episode["stage"]]
+        assert 0.5 < np.median(entered) / stage.length < 2, stage.name
 
 
 @pytest.mark.parametrize("env_id", [needs_assets(env_id) for env_id in TASKS])
@@ -250,29 +254,20 @@ def test_eval_takes_all_tasks_of_a_policy_in_other_words(env_id, joint_run):
 
 
 def test_evaluation_gives_the_policy_the_words_it_is_told_in_turn(monkeypatch, envs):
-    """Three words in two envs: episode i gets word i mod 3."""
-    from conftest import tiny_model
-
-    model, _ = tiny_model()
+    """Three words, four episodes in two envs: episode i gets word i mod 3."""
     told = []
-
-    class Stop(Exception):
-        pass
 
     def listen(rgb, text, *args):
         told.extend(text)
-        if len(told) == 2:
-            raise Stop
         return {}
 
     listen.image_size = 128
     monkeypatch.setattr(envs, "close", lambda: None)
     monkeypatch.setattr(evaluation, "sample_action", lambda *args, **kwargs: (torch.zeros(1, 7, dtype=torch.long), None, None))
-    monkeypatch.setattr(envs, "play", lambda act, steps: [act(0, rows) for rows in envs.rows])
+    monkeypatch.setattr(envs, "play", lambda act, steps: [act(0, rows) for rows in envs.rows][:0])  # nothing moves
     monkeypatch.setattr(evaluation, "make_envs", lambda *args, **kwargs: envs)
-    with pytest.raises(Stop):
-        evaluation.evaluate(model, listen, "PickCube-v1", 4, 0, 2, instructions=("a", "b", "c"))
-    assert told == ["a", "b"]
+    evaluation.evaluate(tiny_model()[0], listen, "PickCube-v1", 4, 0, 2, instructions=("a", "b", "c"))
+    assert told == ["a", "b", "c", "a"]
 
 
 def documented_example() -> str:
