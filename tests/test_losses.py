@@ -1,14 +1,17 @@
-"""Closed forms: advantages, the preference loss and its pairs, the two-pass gradient."""
+"""Closed forms: advantages, the preference loss and its pairs, the gradients of imitation and of the two passes."""
 import inspect
 import math
 from itertools import combinations
 
+import h5py
+import numpy as np
 import pytest
 import torch
-from conftest import STATS, call, invent_rollouts, prompt, scalars
+from conftest import STATS, call, invent_rollouts, prompt, scalars, write_demos
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sft
 import sta_ppo
 import sta_tpo
 import vla
@@ -174,6 +177,53 @@ def test_few_pairs_are_kept_per_state_and_stage_completions_first_then_the_wides
         of_group = [[p for p in pairs if (rollouts[p["chosen"]]["init_seed"], p["stage"]) == group] for pairs in (every, kept)]
         order = [[(p["reason"] != "completed", p["cost_chosen"] - p["cost_rejected"]) for p in pairs] for pairs in of_group]
         assert order[1] == sorted(order[0])[:most]
+
+
+def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path, monkeypatch):
+    """The real main: three updates against the docstring's loss, written anew; and what it logs about them."""
+    demos, seen, blurred, blur_bins, lengths = write_demos(tmp_path / "demos.h5"), [], [], vla.blur_bins, (6, 9)
+    with h5py.File(demos, "a") as file:
+        for i, length in enumerate(lengths):
+            file[f"traj_{i}/stage"] = np.arange(length) % 4
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *args):
+            rates.append([group["lr"] for group in self.param_groups])
+            seen.append([[x.detach().clone() for x in (p, p.grad)] for group in self.param_groups for p in group["params"]])
+            return super().step(*args)
+
+    rates = []
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    monkeypatch.setattr(vla, "blur_bins", lambda *args: [blurred.append(blur_bins(*args)), blurred[-1].clone()][1])
+    call(sft, "--demo-path", demos, "--vla", checkpoint, "--num-updates", 3, "--batch-size", 8, "--aux-coef", 3, "--max-grad-norm", 1e9, "--seed", 5,
+         "--label-jitter", 20, "--num-eval-episodes", 0, "--no-cuda", "--output-dir", tmp_path / "run")  # fmt: skip
+    assert rates == [pytest.approx([1e-5 * (step + 1), 1e-3]) for step in range(3)]  # warm-up; the separator's own
+    (model, processor, _), rows = sft.load_policy(str(checkpoint), torch.device("cpu")), []
+    rgb, proprio, actions, where, stages = sft.read_demos(demos, "PickCube-v1", 9)
+    labels, active = vla.tokenize_actions(actions, STATS["action"]), ~vla.constant_dims(STATS["action"])
+    aux, separator = torch.nn.Linear(64, 8), torch.nn.Linear(64, 4)
+    params = [*model.parameters(), *aux.parameters(), *separator.parameters()]
+    for step, state in enumerate(seen):
+        for p, (value, _) in zip(params, state, strict=True):
+            p.data.copy_(value)
+            p.grad = None
+        index = torch.randint(15, (8,), generator=torch.Generator().manual_seed(5 * 1_000_003 + step))
+        bins = torch.cat([blurred[step][:, :-1], labels[index, -1:]], 1)  # the gripper's label stays
+        assert (bins != labels[index])[:, active].any(0).tolist() == [True] * 4 + [False]
+        inputs = prompt(processor, {"rgb": rgb[index], "proprio": proprio[index]})
+        logprob, _, hidden, greedy = sft.action_logprob(model, inputs, bins, active)
+        ce = -logprob.mean() / 5  # of seven dimensions two never vary
+        gap = (aux(hidden) - where[index] / 0.1).abs()
+        aux_loss = torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
+        read = separator(hidden.detach()).log_softmax(-1)
+        (ce + 3 * aux_loss - read[torch.arange(8), stages[index]].mean()).backward()
+        mine, theirs = (torch.cat([grad.flatten() for grad in grads]) for grads in ([p.grad for p in params], [grad for _, grad in state]))
+        assert (mine - theirs).norm() < 1e-4 * mine.norm(), step
+        right, near = (greedy == labels[index])[:, active].float().mean(), (greedy - labels[index])[:, active].abs().float().mean() * 2 / 255
+        policy = torch.cat([p.grad.flatten() for p in params[:-2]]).norm()
+        rows.append(torch.stack([ce, aux_loss, right, near, (read.argmax(-1) == stages[index]).float().mean(), policy]).detach())
+    curves, names = scalars(tmp_path / "run"), ("ce", "aux", "token_accuracy", "action_l1", "stage_accuracy", "grad_norm")
+    assert [curves[f"losses/{name}"][0] for name in names] == pytest.approx(torch.stack(rows).mean(0).tolist(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("reduction", "sign", "stage_aware"), [("mean", -1, True), ("sum", 1, True), ("mean", -1, False)])
