@@ -115,6 +115,17 @@ def test_placing_begins_near_the_goal_beside_and_above(env_id, near):
     assert signals == [3, 2, 2, 2]
 
 
+@pytest.mark.parametrize(("env_id", "stage", "changes"), [
+    ("LiftPegUpright-v1", 2, {"tilt": 0.21}), ("LiftPegUpright-v1", 3, {"tilt": 0.19}), ("LiftPegUpright-v1", 3, {"tilt": 0.19, "grasped": False}),
+    ("PegInsertionSide-v1", 3, {"aside": 0.009, "peg_turn": [0.0, 0.1, 0.1]}), ("PegInsertionSide-v1", 2, {"aside": 0.011, "peg_turn": [0.0, 0.1, 0.1]}),
+    ("PegInsertionSide-v1", 2, {"aside": 0.009, "peg_turn": [0.0, 0.11, 0.11]}), ("PegInsertionSide-v1", 0, {"aside": 0.009, "grasped": False}),
+])  # fmt: skip
+def test_the_last_stages_of_the_pegs(env_id, stage, changes):
+    lifted = {"tool": [0.0, 0.0, 0.1], "object": [0.0, 0.0, 0.07], "grasped": True, "depth": 0.1, "peg_turn": [0.0, 0.0, 0.0]}
+    signals = stage_signals(stare_utils.TASKS[env_id], pick_cube_state(**lifted | changes), torch.tensor([False]), "sigmoid", "offset")
+    assert signals["stage"] == stage
+
+
 def test_distances_of_grasp_and_place_by_hand():
     reach, grasp, transport, place = stare_utils.TASKS["StackCube-v1"].stage_table
     low, goal = [0.0, 0.0, 0.02], [0.0, 0.1, 0.2]
