@@ -24,6 +24,7 @@ from vla import model_folder
 
 DOCS = Path(__file__).parent.parent / "docs"
 plt.rcParams["svg.hashsalt"] = "stare"  # the same rows, the same file
+plt.rcParams["axes.titlesize"] = 9
 METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan",
            "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
