@@ -338,7 +338,7 @@ def main(args: Args) -> None:
     if other := [name for name in ("env_id", "lora_rank", "vla") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base
         raise UserError(f"{args.output_dir} was begun with {other[0]} = {begun[other[0]]}, not {getattr(args, other[0])}: resume with the same")
     begin = args.output_dir if state and not args.lora_rank else args.vla  # LoRA goes on from the first policy and its adapter: a checkpoint is merged
-    origin = state["origin"] if state else vla.fingerprint(vla.model_folder(args.vla))
+    origin = state.get("origin", "") if state else vla.fingerprint(vla.model_folder(args.vla))
     if begin != "tiny":
         model, processor, _ = load_policy(begin, device, origin if begin == args.vla else "")
     else:

@@ -404,7 +404,7 @@ def main(args: Args) -> None:
         for name, flags in (("env_id", "--env-id"), ("batch_size", "num_envs * num_steps * processes"), ("lora_rank", "--lora-rank")):
             if begun[name] != getattr(args, name):
                 raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
-    origin = state["origin"] if state else vla.fingerprint(vla.model_folder(source))
+    origin = state.get("origin", "") if state else vla.fingerprint(vla.model_folder(source))
     # LoRA goes on from the first policy and its adapter: what a checkpoint holds is merged
     begin = (args.output_dir, device) if state and not args.lora_rank else (source, device, origin)
     model, processor, folder = load_policy(*begin)

@@ -527,7 +527,7 @@ def main(args: Args) -> None:
         completed = [rollout["success"] or segment_stages(rollout["stage"], K).max() > k for rollout in rollouts]
         costs = [float(rollout["distance"][r].mean()) for rollout, r in zip(rollouts, rows, strict=True) if len(r) and separator is None]
         for key, values in {"reached": completed, "steps": [len(r) for r in rows], "cost": costs}.items():
-            if values and rank == 0:
+            if values and rank == 0 and not state:
                 writer.add_scalar(f"stage/{k}_{name}_{key}", np.mean(values), 0)
     # Steps of the pairs in one flat list; `where[rollout, stage]` are the places of a segment's steps in it
     where, flat, used = {}, {name: [] for name in ("rgb", "proprio", "bins")}, 0
