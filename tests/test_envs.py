@@ -1,10 +1,12 @@
 """The real simulator: what make_envs promises, the scripted expert, evaluation."""
 import functools
+import json
 import multiprocessing.spawn as spawn
 import os
 import signal
 import subprocess
 import sys
+import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -247,6 +249,17 @@ def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
     env.env.close()
 
 
+def test_failed_episodes_and_those_beyond_the_number_are_not_read(tmp_path):
+    path = write_demos(tmp_path / "demos.h5", lengths=(5, 6, 7))
+    meta = json.loads(path.with_suffix(".json").read_text())
+    meta["episodes"][0]["success"] = False
+    path.with_suffix(".json").write_text(json.dumps(meta))
+    with h5py.File(path, "a") as file:
+        file["traj_1/stage"] = np.array([0, 1, 2, 3, 4, 4])
+    rgb, *_, stage = sft.read_demos(path, "PickCube-v1", 1)
+    assert len(rgb) == 6 and stage.tolist() == [0, 1, 2, 3, -1, -1]  # success is no stage
+
+
 def test_demonstrations_slower_than_the_task_are_named(tmp_path, capsys):
     sft.read_demos(write_demos(tmp_path / "demos.h5", lengths=(50, 49)), "PickCube-v1", 9)
     assert capsys.readouterr().out == ""
@@ -318,6 +331,35 @@ def test_where_episodes_are_lost_is_told_stage_by_stage():
     assert line.split("]")[1].split() == "0.0 % 75.0 % 66.7 % 100.0 % 50.0 %".split()
 
 
+def test_a_task_s_report_is_of_the_successes():
+    result = {"method": "SFT", "env_id": "LiftPegUpright-v1", "success_once": 0.5, "success_at_end": 0.5, "stage_reach_rate": [0.5] * 4}
+    episodes = [{"seed": i, "success_once": i > 1, "tilt": tilt} for i, tilt in enumerate((9.0, 0.1, 0.2, 0.3))]
+    assert "tilt at success: median 0.250, largest 0.300" in evaluation.result_table([{**result, "episodes": episodes}])
+
+
+def test_evaluation_reads_the_separator_and_reports_at_the_first_success(envs, monkeypatch):
+    """Env 0 is told a success at steps 5 and 6 of 30; of four episodes asked for the grid has two."""
+    read, play, won = [], envs.play, []
+    task = types.SimpleNamespace(**{**vars(TASK), "stages": TASK.stages, "max_episode_steps": 30, "grid": 2, "report": ("stage_distance",)})
+
+    def cheat(act, steps):
+        for t, n, obs, *rest, info in play(act, steps):
+            if n.start == 0 and t in (5, 6):
+                info["success"][:] = True
+                won.append(float(info["stage_distance"][0]))
+            yield t, n, obs, *rest, info
+
+    for module, name, value in ((envs, "close", lambda: None), (envs, "play", cheat), (stare_utils, "get_task", lambda env_id: task),
+                                (evaluation, "make_envs", lambda *args, **kwargs: envs),
+                                (evaluation, "compare_separator", lambda episodes, K: read.extend(episodes) or {})):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    rows = evaluation.evaluate(*tiny_model(), "PickCube-v1", 4, 0, 2, separator=torch.nn.Linear(64, 6))["episodes"]
+    assert len(rows) == len(read) == 2 and [int(over.sum()) for _, _, over in read] == [24, 0]
+    assert all(logprobs.shape == (30, K) and torch.allclose(logprobs.exp().sum(-1), torch.ones(30)) for _, logprobs, _ in read)
+    assert rows[0]["stage_distance"] == won[0] and "stage_distance" not in rows[1]
+    assert [torch.bincount(stages, minlength=K + 1).tolist() for stages, _, _ in read] == [row["stage_steps"] for row in rows]
+
+
 def test_success_in_the_reset_state_counts_nowhere(envs):
     """PickCube draws its goal on the lying cube in about one episode of 150. `stage_reach_rate` must end in `success_once`."""
     _, infos = envs.reset(seed=[1_073_741_855, 0])
@@ -364,3 +406,33 @@ def test_play_takes_the_same_steps_in_turns(envs):
                 assert its_infos["_final_info"].all()
                 assert torch.equal(infos["final_info"]["stage"][rows], its_infos["final_info"]["stage"])
                 assert torch.equal(infos["final_obs"]["rgb"][rows], its_infos["final_obs"]["rgb"])
+
+
+def test_the_policy_sees_the_tool_s_pose_and_the_goal_and_the_next_seed_is_another(envs):
+    env = stare_utils.StageEnv("PickCube-v1", 1, "cpu", 0, render=False)
+    obs, _ = env.reset([3])
+    assert abs(env.next_seed[0] - 3) > 1000  # not the neighbour's
+    assert torch.equal(obs["proprio"], torch.cat([env.state["tool"], env.state["quaternion"], env.state["opening"][:, None]], -1))
+    assert torch.allclose(obs["proprio"][:, :3], env.base.agent.tcp.pose.p)
+    env.close()
+    rgb = envs.reset(seed=[3, 4])[0]["rgb"].int()
+    green = (rgb[..., 1] > rgb[..., 0] + 60) & (rgb[..., 1] > rgb[..., 2] + 60)
+    assert (green.sum((1, 2)) > 10).all()
+
+
+def test_a_reset_of_one_env_of_a_batch_leaves_the_others_alone(monkeypatch):
+    """As GPU simulation does it, with a simulator that says the same of all three."""
+    env, K = stare_utils.StageEnv("PickCube-v1", 1, "cpu", 0, render=False), 4
+    env.reset([3])
+    env.close()
+    state = {name: x.expand(3, *x.shape[1:]).clone() for name, x in env.state.items()}
+    env.num_envs, env.env = 3, types.SimpleNamespace(reset=lambda seed, options: ({}, {}))
+    env.base = types.SimpleNamespace(device=torch.device("cpu"), evaluate=lambda: {"success": torch.zeros(3, dtype=torch.bool)}, elapsed_steps=torch.zeros(3),
+                                     _hidden_objects=[])  # fmt: skip
+    env.task = types.SimpleNamespace(**{**vars(env.task), "stages": env.task.stages})
+    env.task.observe = lambda base: {**state, "grasped": torch.ones(3, dtype=torch.bool), "object": torch.ones(3, 3)}
+    env.observation = lambda obs: obs
+    env.seeds, env.furthest, env.object_start, env.next_seed = torch.tensor([7, 8, 9]), torch.full((3,), K - 2), torch.zeros(3, 3), [70, 80, 90]
+    _, infos = env.reset(env_idx=torch.tensor([1]))
+    assert infos["seed"].tolist() == [7, 80, 9] and env.furthest.tolist() == [2, 0, 2] and env.state["grasped"].tolist() == [True, False, True]
+    assert env.object_start[:, 0].tolist() == [0, 1, 0] and env.next_seed[::2] == [70, 90] and env.next_seed[1] != 80

@@ -207,7 +207,7 @@ def test_sizes_that_do_not_divide(checkpoint, refuses):
     [("sft", "--batch-size", 0), ("sft", "--num-demos", 0), ("sta_tpo", "--rollouts-per-state", 1), ("sta_tpo", "--chunk-size", 0),
      ("sta_ppo", "--num-steps", 0), ("sta_ppo", "--num-minibatches", 0), ("eval", "--num-eval-episodes", 0),
      ("sft", "--learning-rate", -1e-3), ("sft", "--demo-noise", -0.1), ("sta_tpo", "--beta", -5.0), ("sta_tpo", "--cost-margin", -1.0),
-     ("sta_ppo", "--max-grad-norm", -1.0), ("sta_ppo", "--clip-coef", -0.2), ("sta_ppo", "--gamma", float("nan"))],
+     ("sta_ppo", "--max-grad-norm", -1.0), ("sta_ppo", "--clip-coef", -0.2), ("sta_ppo", "--gamma", float("nan")), ("sta_ppo", "--gamma", float("inf"))],
 )  # fmt: skip
 def test_numbers_that_would_turn_a_loss_or_a_loop_around(script, flag, value, checkpoint, refuses):
     refuses(script, flag, *start(script, checkpoint), flag, value)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import sta_ppo
 import sta_tpo
 import stare_utils
 import vla
-from stare_utils import UserError, make_envs
+from stare_utils import Stop, UserError, make_envs
 
 MODULES = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo}
 
@@ -263,3 +264,16 @@ def test_an_env_process_that_dies_is_one_line_in_every_method():
             envs.step(torch.zeros(2, 7))
     assert not envs.parts[1].processes[0].is_alive()
     envs.close()
+
+
+def test_checksums_are_of_whole_files(tmp_path):
+    (tmp_path / "x").write_bytes(content := bytes(2**24) + b"end")
+    assert vla.checksums(tmp_path) == {"x": zlib.crc32(content)}
+
+
+def test_a_signal_after_the_loop_acts_at_once(monkeypatch):
+    for name, value in (("signals", []), ("held", False), ("leaving", False)):
+        monkeypatch.setattr(Stop, name, value)
+    assert Stop.hold(True) and not Stop.hold(False)
+    with pytest.raises(KeyboardInterrupt):
+        Stop.catch(signal.SIGTERM, None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, cli, invent_rollouts, write_demos
 
+import sft
 import stare_utils
 import vla
 
@@ -136,3 +137,11 @@ def test_what_the_machine_cannot_do_is_one_line_too(error, words, capsys):
 def test_what_is_the_code_s_fault_keeps_its_traceback(error):
     with pytest.raises(type(error)), stare_utils.one_line_errors():
         raise error
+
+
+def test_gradients_are_summed_where_there_are_any(monkeypatch):
+    monkeypatch.setattr(sft.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(sft.dist, "all_reduce", lambda x: x.mul_(2))
+    x = torch.ones(2)
+    sft.sum_over_processes([x, None])
+    assert x.tolist() == [2, 2]

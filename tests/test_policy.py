@@ -1,9 +1,12 @@
 """The model: sampling and teacher forcing agree, a checkpoint is the whole policy, imitation learns."""
 import json
+import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import STATS, frames, prompt, tiny_model
+from PIL import Image
 
 import eval as evaluation
 import sft
@@ -215,3 +218,55 @@ def test_neighbouring_bins_begin_alike():
     end, rows = model.config.action_id_end, model.language_model.lm_head.weight
     actions = rows[end - 256 : end].flip(0)  # bin 0 first
     assert (actions[1:] - actions[:-1]).norm(dim=1).max() < 0.2 * (actions[0] - actions[-1]).norm()
+
+
+def test_proprioception_is_normalised_and_clipped():
+    _, processor = tiny_model()
+    obs = frames(2)
+    obs["proprio"][0, 0] = 100.0
+    seen = processor(obs["rgb"], RAGGED[:2], obs["proprio"], {"mean": [1.0] * 8, "std": [2.0] * 8})["proprio"]
+    assert torch.allclose(seen, ((obs["proprio"] - 1) / 2).clamp(-5, 5)) and seen.max() == 5
+
+
+def test_each_tower_gets_the_picture_as_pillow_resizes_it_in_its_own_units():
+    model, processor = two_towers()
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((128, 128), Image.BILINEAR)
+    seen = processor.image_processor.preprocess(torch.tensor(np.asarray(picture)[None]))["pixel_values"]
+    small = torch.tensor(np.asarray(picture.resize((28, 28), Image.BICUBIC))).movedim(-1, 0) / 255
+    for channels, mean, std in zip(seen[0].split(3), ([0.485, 0.456, 0.406], [0.5] * 3), ([0.229, 0.224, 0.225], [0.5] * 3)):
+        expected = (small - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        assert (channels - expected).abs().max() < 2.5 / 255 / min(std)  # levels
+    with torch.no_grad():
+        towers, features = model.vision_backbone, model.vision_backbone(seen)
+        assert torch.equal(features, torch.cat([towers.featurizer(seen[:, :3]), towers.fused_featurizer(seen[:, 3:])], -1))
+
+
+def test_new_action_tokens_begin_alike_at_both_ends_and_the_context_has_room_for_them():
+    model, _ = tiny_model()
+    model.init_action_rows()
+    rows = slice(model.config.action_id_end - 256, model.config.action_id_end)
+    assert torch.equal(model.get_input_embeddings().weight[rows], model.language_model.lm_head.weight[rows])
+    assert 1 + model.num_prefix() + model.text_room() + 7 == model.config.text_config.max_position_embeddings
+
+
+def test_llama_s_prompt_ends_in_the_space_before_the_action():
+    class Llama:
+        def __call__(self, text, **kwargs):
+            return {"input_ids": [5, 6]}
+
+        def convert_tokens_to_ids(self, token):
+            return 29871
+
+    processor = types.SimpleNamespace(text_cache={}, tokenizer=Llama(), prompt="{instruction}")
+    assert vla.PrismaticProcessor.prompt_ids(processor, "x") == [5, 6, 29871]
+
+
+def test_a_separator_is_found_behind_five_policies(checkpoint, tmp_path):
+    before = checkpoint
+    for name in "abcde":
+        (tmp_path / name).mkdir()
+        sft.save_checkpoint(tmp_path / name, *tiny_model(), {"checkpoint": str(before)}, {})
+        before = tmp_path / name
+    assert vla.load_separator(before / "checkpoint", "PickCube-v1", torch.device("cpu"))[0] == checkpoint / "checkpoint"
+    assert evaluation.task_stats(tiny_model()[0], "PushCube-v1", "PickCube-v1") == STATS  # --unnorm-key, for a policy of ours

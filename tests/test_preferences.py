@@ -229,3 +229,17 @@ def test_a_margin_that_grows_while_the_chosen_fall_is_named(wrong, chosen_shift,
 def test_a_run_prints_a_warning_once(tpo, capsys):
     tpo("--learning-rate", 0.03, "--num-epochs", 6, "--batch-size", 8)
     assert capsys.readouterr().out.count("warning: ") == 1
+
+
+def test_a_pair_of_two_initial_states_is_refused(tmp_path):
+    row = {"stage": 0, "left": "c", "right": "h", "left_steps": [0, 2], "right_steps": [0, 3], "preferred": "left"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="not a pair of this run"):
+        sta_tpo.read_preferences(tmp_path / "pairs.jsonl", invent_rollouts([11, 22]), list("abcdefgh"), K, True)
+
+
+def test_the_printed_table_counts_pairs_by_reason(capsys):
+    rollouts, pairs = invent_rollouts([11]), [{"stage": 1, "chosen": 2, "rejected": 3, "reason": reason} for reason in ("cost", "cost", "completed")]
+    sta_tpo.print_pairs(pairs, rollouts, TASK.stages)
+    lines, gap = capsys.readouterr().out.splitlines(), abs(rollouts[2]["distance"][3] - rollouts[3]["distance"][4])
+    assert lines[0] == "4 roll-outs, 0.500 successful, 37 env steps" and lines[3].split() == ["grasp", "3", "1", "2", "0", f"{gap:.2f}"]

@@ -1,4 +1,5 @@
 """Figures are those of the rows in docs/*.jsonl: tables and plot are what benchmark/paper_table.py and mechanism.py make of them; some follow by hand."""
+import json
 import re
 import shutil
 import sys
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import mechanism
@@ -76,3 +78,25 @@ def test_a_stage_row_by_hand():
     phi = (1 + np.exp(-1)) / (1 + np.exp(np.array([[0.2, 0.5], [0.5, 0.9]]) - 1))
     falls = np.mean(phi[:, 1] - phi[:, 0])
     assert np.allclose(place["bare"], [1, falls], atol=1e-3) and np.allclose(place["offset"], [0, 1 + falls], atol=1e-3)
+
+
+def test_of_two_rows_of_one_run_the_newer_one_counts(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    paper_table.merge(file, [{"seed": 2, "x": 0}, {"seed": 1, "x": 0}], "seed")
+    merged = paper_table.merge(file, [{"seed": 1, "x": 1}], "seed")
+    assert merged == [{"seed": 1, "x": 1}, {"seed": 2, "x": 0}] == [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_row_counts_the_env_steps_of_the_policies_before_it_and_orders_its_episodes(tmp_path):
+    for name, steps, before in (("ppo", 50, "tpo"), ("tpo", 30, "none")):
+        (tmp_path / name / "checkpoint").mkdir(parents=True)
+        (tmp_path / name / "checkpoint/args.json").write_text(json.dumps({"env_steps": steps, "checkpoint": str(tmp_path / before)}))
+    (tmp_path / "ppo/results.json").write_text(json.dumps({"episodes": [{"seed": 2, "success_once": True}, {"seed": 1, "success_once": False}]}))
+    halves = ("charts/success_once", "losses/explained_variance", "losses/advantage_std", "stage/0_reached")
+    tags = {**dict.fromkeys(halves, 0.5), "time/rollout": 3, "time/update": 1}
+    with SummaryWriter(tmp_path / "ppo") as writer:
+        for step in (10, 20):
+            for tag, value in tags.items():
+                writer.add_scalar(tag, value, step)
+    row = paper_table.row_of(tmp_path / "ppo")
+    assert row["env_steps"] == 80 and row["successes"] == "01" and [point[:2] for point in row["curve"]] == [[10, 4.0], [20, 8.0]]

@@ -383,6 +383,26 @@ def test_demonstrations_are_what_the_simulator_did_and_their_labels_are_clean(sf
         obs, *_ = envs.step(torch.from_numpy(np.stack([demo["actions"][t] for demo in demos])))
 
 
+def test_labels_and_frames_that_are_trained_on_are_those_before_the_action(sft_run, envs):
+    path = sft_run / "demos_PickCube-v1.h5"
+    with h5py.File(path) as file:
+        demos = [{name: file[f"traj_{i}"][name][:] for name in ("actions", "expert_actions", "geometry", "stage", "obs/proprio")} for i in range(3)]
+    rgb, proprio, actions, where, stage = sft.read_demos(path, "PickCube-v1", 3)
+    whole = {name: np.concatenate([demo[name][: len(demo["actions"])] for demo in demos]) for name in demos[0]}
+    for found, name in ((actions, "expert_actions"), (proprio, "obs/proprio"), (where, "geometry"), (stage, "stage")):
+        assert np.array_equal(found, whole[name]), name
+    stats = json.loads((sft_run / "checkpoint/config.json").read_text())["norm_stats"]["PickCube-v1"]
+    assert stats["action"]["q01"] == [-1, -1, -1, 0, 0, -1, -1] and stats["action"]["q99"] == [1, 1, 1, 0, 0, 1, 1]
+    assert stats["proprio"]["std"] == pytest.approx(proprio.std(0).clamp(min=1e-3).tolist(), rel=1e-4)
+    plain = (whole["actions"][:, -1] == whole["expert_actions"][:, -1]) & whole["expert_actions"][:, :-1].any(1)  # neither slip nor pause
+    assert 0.15 < (whole["actions"][plain, :3] == whole["expert_actions"][plain, :3]).all(1).mean() < 0.75  # noise at every other step
+    _, infos = envs.reset(seed=[episode["episode_seed"] for episode in json.loads(path.with_suffix(".json").read_text())["episodes"][:2]])
+    for t in range(12):
+        for i, demo in enumerate(demos[:2]):
+            assert infos["stage"][i] == demo["stage"][t] and np.allclose(infos["geometry"][i], demo["geometry"][t], atol=5e-3), (t, i)
+        *_, infos = envs.step(torch.from_numpy(np.stack([demo["actions"][t] for demo in demos[:2]])))
+
+
 def test_a_twist_turns_the_tool_to_either_side_where_a_demonstration_begins_and_labels_stay_clean(envs, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "make_envs", lambda *args, **kwargs: envs)
     monkeypatch.setattr(envs, "close", lambda: None)
@@ -415,3 +435,18 @@ def test_a_recorded_state_of_an_arm_that_follows_a_target_shows_the_turn_that_it
         other.observe_state(env.base.get_state_dict())
         turns.append([float(e.state["yaw_error"]) for e in (env, other)])
     assert abs(turns[0][0]) > 1 and max(abs(a - b) for a, b in turns) < 0.3
+
+
+def test_processes_share_the_rollouts(checkpoint, tmp_path, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def make(*args, **kwargs):
+        raise Enough
+
+    seen, (model, processor, _) = [], sta_tpo.load_policy(str(checkpoint), torch.device("cpu"))
+    monkeypatch.setattr(sta_tpo, "make_envs", make)
+    monkeypatch.setattr(sta_tpo, "tqdm", lambda *args, **kwargs: seen.append(kwargs["total"]))
+    with pytest.raises(Enough):
+        sta_tpo.collect_rollouts(tmp_path / "r", model, processor, None, {}, sta_tpo.Args(num_initial_states=2, rollouts_per_state=3), 1, 2)
+    assert seen == [3]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import PPO_UPDATE, ROOT, TASK, differing, output_of, scalars, tensors
 
+import sta_tpo
 import stare_utils
 import vla
 
@@ -119,3 +120,11 @@ def test_smoke_run_of_the_whole_pipeline_prints_a_table():
     assert done.stdout.count("here; ") == 6 and all(f"  {script}.py, then eval.py" in done.stdout for script in ("sft", "sta_tpo", "sta_ppo"))
     table = done.stdout.split("success_once")[-1]  # the last one compares all stages
     assert [line.split()[0] for line in table.splitlines()[1:4]] == ["SFT", "STA-TPO", "STA-PPO"]
+
+
+def test_the_newest_run_is_the_one_to_start_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, written in ((1, 2e9), (2, 1e9), (3, 1.5e9)):
+        (folder := tmp_path / f"runs/PickCube-v1__sft__{seed}__0/checkpoint").mkdir(parents=True)
+        os.utime(folder, (written, written))
+    assert sta_tpo.find_checkpoint("PickCube-v1", ("sft",)) == "runs/PickCube-v1__sft__1__0/checkpoint"

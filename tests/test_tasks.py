@@ -288,3 +288,38 @@ def test_the_documented_example_adds_a_task_that_its_expert_solves(monkeypatch):
         segment = segment_stages(torch.tensor(episode["stage"]), env.num_stages)
         assert not episode["final"]["success"] or segment.unique().tolist() == list(range(env.num_stages))
     env.close()
+
+
+def where(env) -> torch.Tensor:
+    return torch.cat([actor.pose.p for actor in env.task.movable(env.base)])
+
+
+@needs_bridge
+def test_training_begins_beside_simplerenv_s_configurations_to_either_side(env_id):
+    env, moved = state_env(env_id), []
+    env.reset(EVAL_SEED)
+    first, grid = where(env), env.base.xyz_configs.clone()
+    for seed in range(8):
+        env.reset(seed)
+        offsets = where(env)[None, :, :2] - grid[:, :2, :2]
+        moved.append(offsets[offsets.abs().amax((1, 2)).argmin()])
+    moved = torch.stack(moved)
+    assert 0.01 < moved.abs().max() <= stare_utils.TRAIN_JITTER + 1e-4 and (moved < -0.002).any() and (moved > 0.002).any()
+    env.reset(EVAL_SEED)
+    assert torch.equal(where(env), first) and torch.equal(env.base.xyz_configs, grid)
+    env.close()
+
+
+def test_out_of_distribution_things_move_outwards_and_cameras_as_far_as_is_said():
+    seen, eyes = [], []
+    for position, camera in (("none", "none"), ("position", "camera")):
+        env = state_env("PickCube-v1", ood=position)
+        env.reset(EVAL_SEED + 3)
+        seen.append(where(env)[0, :2].norm().item())
+        env.close()
+        env = StageEnv("PickCube-v1", 1, "cpu", 0, ood=camera)
+        env.reset(EVAL_SEED + 3)
+        eyes.append(torch.cat([view.pose.p for view in env.base._sensor_configs.values()]))
+        env.close()
+    assert seen[1] == pytest.approx(seen[0] + stare_utils.OOD_SHIFT, abs=1e-4)
+    assert (eyes[1] - eyes[0]).norm(dim=-1).tolist() == pytest.approx([stare_utils.OOD_CAMERA] * 2, abs=1e-4)
