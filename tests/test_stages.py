@@ -135,15 +135,38 @@ def test_distances_of_grasp_and_place_by_hand():
         assert place.distance(pick_cube_state(tool=goal, object=goal, opening=opening)).item() == pytest.approx(left, abs=1e-6)
 
 
-def pushing(tool: tuple) -> dict:
-    """What observe_push reads of an env with the tool there, whose cube lies at 0, 0 and whose goal is at 0.3, 0."""
-    at = lambda *p: types.SimpleNamespace(p=torch.tensor([p]), q=torch.tensor([[1.0, 0, 0, 0]]))  # noqa: E731
-    arm = types.SimpleNamespace(config=types.SimpleNamespace(use_target=False))
+def at(*p, turn: float = 0.0, axis: int = 2):
+    """A pose, turned about one of its axes."""
+    q = [math.cos(turn / 2), 0.0, 0.0, 0.0]
+    q[1 + axis] = math.sin(turn / 2)
+    return types.SimpleNamespace(p=torch.tensor([p]), q=torch.tensor([q]))
+
+
+def stub(tool: tuple, **actors):
+    """What observers read of an env of the Panda with the tool there."""
     link = types.SimpleNamespace(pose=at(*tool), linear_velocity=torch.zeros(1, 3))
-    robot = types.SimpleNamespace(links_map={stare_utils.PANDA.tool: link}, qpos=torch.zeros(1, 9))
-    agent = types.SimpleNamespace(robot=robot, controller=types.SimpleNamespace(controllers={"arm": arm}))
-    goal = types.SimpleNamespace(pose=at(0.3, 0.0, 0.0))
-    return stare_utils.observe_push(types.SimpleNamespace(agent=agent, obj=types.SimpleNamespace(pose=at(0.0, 0.0, 0.02)), goal_region=goal, goal_radius=0.1))
+    arm = types.SimpleNamespace(config=types.SimpleNamespace(use_target=False))
+    agent = types.SimpleNamespace(robot=types.SimpleNamespace(links_map={stare_utils.PANDA.tool: link}, qpos=torch.zeros(1, 9)),
+                                  controller=types.SimpleNamespace(controllers={"arm": arm}), is_grasping=lambda actor: torch.tensor([False]))  # fmt: skip
+    bodies = {name: types.SimpleNamespace(pose=pose) for name, pose in actors.items()}
+    return types.SimpleNamespace(agent=agent, device=torch.device("cpu"), goal_radius=0.1, peg_half_length=0.1, peg_half_width=0.02, **bodies)
+
+
+def pushing(tool: tuple) -> dict:
+    return stare_utils.observe_push(stub(tool, obj=at(0.0, 0.0, 0.02), goal_region=at(0.3, 0.0, 0.0)))
+
+
+def test_fingers_close_on_the_sides_that_the_other_cube_leaves_free():
+    away, beside, before = (stare_utils.observe_stack_cube(stub((0.0, 0.0, 0.2), cubeA=at(0.0, 0.0, 0.02), cubeB=at(*where, 0.02)))
+                            for where in ((0.2, 0.0), (0.0, 0.05), (0.05, 0.0)))  # fmt: skip
+    assert away["yaw_error"].abs() < 1e-6 and before["yaw_error"].abs() < 1e-6 and away["wait"] == before["wait"] == 0
+    assert beside["yaw_error"].abs().item() == pytest.approx(math.pi / 2) and beside["wait"].item() == pytest.approx(0.05)  # they open along y
+
+
+def test_a_peg_stands_on_either_end():
+    poses = [at(0.0, 0.0, 0.1, turn=turn, axis=1) for turn in (math.pi / 2, -math.pi / 2, 0.3)]
+    tilts = [stare_utils.observe_lift_peg(stub((0.0, 0.0, 0.2), peg=pose))["tilt"].item() for pose in poses]
+    assert tilts == pytest.approx([0, 0, math.pi / 2 - 0.3], abs=1e-3)
 
 
 @pytest.mark.parametrize(("tool", "stage"), [
