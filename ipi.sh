@@ -11,9 +11,9 @@ export OMP_WAIT_POLICY=PASSIVE # idle OpenMP threads must not take the cores fro
 ./setup.sh
 
 # What each stage gets
-STEPS="sft sta_tpo sta_ppo" SPAN=", an hour or two in all on two CPU cores" SFT=() TPO=() PPO=() EVAL=(--num-eval-episodes 300)
+STEPS="sft sta_tpo sta_ppo" SFT=() TPO=() PPO=() EVAL=(--num-eval-episodes 300)
 if [ "${SMOKE:-0}" = 1 ]; then
-  RUNS=runs/smoke SPAN=""
+  RUNS=runs/smoke
   rm -rf "$RUNS"
   SFT=(--num-envs 2 --num-demos 2 --num-updates 2)
   if [ -d "checkpoints/${ENV_ID}__sft" ]; then
@@ -43,7 +43,8 @@ stage() {
   echo "== the evaluation took $(minutes "$begin") here; $run/summary.md"
 }
 
-echo "plan: $ENV_ID, training seed $SEED$SPAN"
+echo "plan: $ENV_ID, training seed $SEED"
+[ "$ENV_ID $RUNS" != "PickCube-v1 runs" ] || echo "  about an hour in all on two CPU cores"
 for STEP in $STEPS; do
   run=$(folder "$STEP") state=""
   if [ -f "$run/results.json" ]; then state=" (done already, reused)"; elif [ -d "$run/checkpoint" ]; then state=" (begun, goes on)"; fi

@@ -332,7 +332,7 @@ def main(args: Args) -> None:
     rank, world, device = join_processes(args.cuda)
     set_seed(args.seed % 2**32)
     for env_id in env_ids:
-        stare_utils.check_world(env_id, backend=args.backend)  # everything that can be wrong with the input is found before the run folder is made
+        stare_utils.check_world(env_id, backend="cpu" if paths else args.backend)  # what can be wrong with the input is found before the run folder is made
     state = load_state(Path(args.output_dir), "sft", rank) if args.resume and args.output_dir else None
     begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())} if state else asdict(args)
     if other := [name for name in ("env_id", "lora_rank", "vla") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base

@@ -406,8 +406,8 @@ def main(args: Args) -> None:
                 raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
     origin = state.get("origin", "") if state else vla.fingerprint(vla.model_folder(source))
     # LoRA goes on from the first policy and its adapter: what a checkpoint holds is merged
-    begin = (args.output_dir, device) if state and not args.lora_rank else (source, device, origin)
-    model, processor, folder = load_policy(*begin)
+    begin = args.output_dir if state and not args.lora_rank else source
+    model, processor, folder = load_policy(begin, device, origin if begin == source else "")
     stats = task_stats(model, args.env_id, args.unnorm_key)
     set_seed(args.seed % 2**32)
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)

@@ -74,6 +74,21 @@ def scalars(run: Path) -> dict[str, list[float]]:
     return {key: [event.value for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
 
 
+def record_steps(monkeypatch) -> list[tuple[list[float], list[list[torch.Tensor]]]]:
+    """Filled at each step of AdamW: the groups' learning rates, and of each parameter value and gradient (zeros where it has none)."""
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *args):
+            params = [p for group in self.param_groups for p in group["params"]]
+            found = [[x.detach().clone() for x in (p, torch.zeros_like(p) if p.grad is None else p.grad)] for p in params]
+            seen.append(([group["lr"] for group in self.param_groups], found))
+            return super().step(*args)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    return seen
+
+
 def tiny_model(width: int = 64, layers: int = 2):
     """The tiny architecture, smaller still, with a head sharp enough that its actions differ, and its processor."""
     torch.manual_seed(0)

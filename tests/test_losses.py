@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import STATS, call, invent_rollouts, prompt, scalars, write_demos
+from conftest import STATS, call, invent_rollouts, prompt, record_steps, scalars, write_demos
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,29 +181,21 @@ def test_few_pairs_are_kept_per_state_and_stage_completions_first_then_the_wides
 
 def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path, monkeypatch):
     """The real main: three updates against the docstring's loss, written anew; and what it logs about them."""
-    demos, seen, blurred, blur_bins, lengths = write_demos(tmp_path / "demos.h5"), [], [], vla.blur_bins, (6, 9)
+    demos, seen, blurred, blur_bins, lengths = write_demos(tmp_path / "demos.h5"), record_steps(monkeypatch), [], vla.blur_bins, (6, 9)
     with h5py.File(demos, "a") as file:
         for i, length in enumerate(lengths):
             file[f"traj_{i}/stage"] = np.arange(length) % 4
 
-    class Spy(torch.optim.AdamW):
-        def step(self, *args):
-            rates.append([group["lr"] for group in self.param_groups])
-            seen.append([[x.detach().clone() for x in (p, p.grad)] for group in self.param_groups for p in group["params"]])
-            return super().step(*args)
-
-    rates = []
-    monkeypatch.setattr(torch.optim, "AdamW", Spy)
     monkeypatch.setattr(vla, "blur_bins", lambda *args: [blurred.append(blur_bins(*args)), blurred[-1].clone()][1])
     call(sft, "--demo-path", demos, "--vla", checkpoint, "--num-updates", 3, "--batch-size", 8, "--aux-coef", 3, "--max-grad-norm", 1e9, "--seed", 5,
          "--label-jitter", 20, "--num-eval-episodes", 0, "--no-cuda", "--output-dir", tmp_path / "run")  # fmt: skip
-    assert rates == [pytest.approx([1e-5 * (step + 1), 1e-3]) for step in range(3)]  # warm-up; the separator's own
+    assert [rates for rates, _ in seen] == [pytest.approx([1e-5 * (step + 1), 1e-3]) for step in range(3)]  # warm-up; the separator's own
     (model, processor, _), rows = sft.load_policy(str(checkpoint), torch.device("cpu")), []
     rgb, proprio, actions, where, stages = sft.read_demos(demos, "PickCube-v1", 9)
     labels, active = vla.tokenize_actions(actions, STATS["action"]), ~vla.constant_dims(STATS["action"])
     aux, separator = torch.nn.Linear(64, 8), torch.nn.Linear(64, 4)
     params = [*model.parameters(), *aux.parameters(), *separator.parameters()]
-    for step, state in enumerate(seen):
+    for step, (_, state) in enumerate(seen):
         for p, (value, _) in zip(params, state, strict=True):
             p.data.copy_(value)
             p.grad = None
@@ -229,7 +221,7 @@ def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path,
 @pytest.mark.parametrize(("reduction", "sign", "stage_aware"), [("mean", -1, True), ("sum", 1, True), ("mean", -1, False)])
 def test_two_pass_gradient_is_that_of_plain_autograd(reduction, sign, stage_aware, checkpoint, tmp_path, monkeypatch):
     """The real main in fp64, two optimiser steps over all pairs, with chunks that end inside segments and no pass longer than a chunk."""
-    rollouts, seen, sizes, load_policy, double = invent_rollouts([11, 22]), [], [], sta_tpo.load_policy, dict(vars(sta_tpo))
+    rollouts, seen, sizes, load_policy, double = invent_rollouts([11, 22]), record_steps(monkeypatch), [], sta_tpo.load_policy, dict(vars(sta_tpo))
     exec(inspect.getsource(sta_tpo.action_logprob).replace(".float()", ".double()"), double)
 
     def action_logprob(model, inputs, bins, active):
@@ -240,13 +232,6 @@ def test_two_pass_gradient_is_that_of_plain_autograd(reduction, sign, stage_awar
         model, *rest = load_policy(*args)
         return model.double(), *rest
 
-    class Spy(torch.optim.AdamW):
-        def step(self, *args):
-            params = self.param_groups[0]["params"]
-            seen.append([[x.detach().clone() for x in (p, torch.zeros_like(p) if p.grad is None else p.grad)] for p in params])
-            return super().step(*args)
-
-    monkeypatch.setattr(torch.optim, "AdamW", Spy)
     monkeypatch.setattr(sta_tpo, "action_logprob", action_logprob)
     monkeypatch.setattr(sta_tpo, "load_policy", load_double)
     monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: [])
@@ -267,7 +252,7 @@ def test_two_pass_gradient_is_that_of_plain_autograd(reduction, sign, stage_awar
     with torch.no_grad():
         reference = [logprobs(rollout) for rollout in rollouts]
     assert reference[0].dtype == torch.double
-    for (step, loss), state in zip(enumerate(scalars(tmp_path / "run")["losses/tpo_loss"]), seen, strict=True):
+    for (step, loss), (_, state) in zip(enumerate(scalars(tmp_path / "run")["losses/tpo_loss"]), seen, strict=True):
         for p, (value, _) in zip(model.parameters(), state, strict=True):
             p.data.copy_(value)
         model.zero_grad()

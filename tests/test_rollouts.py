@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import STATS, TASK, call, differing, needs_assets, prompt, scalars, tensors
+from conftest import STATS, TASK, call, differing, needs_assets, prompt, record_steps, scalars, tensors
 
 import sft
 import sta_ppo
@@ -156,7 +156,7 @@ def test_a_resumed_adapter_is_the_trained_one(ppo, checkpoint):
 @pytest.mark.parametrize("by_stage", [False, True])
 def test_the_gradients_of_an_update_are_those_of_plain_autograd(by_stage, ppo, checkpoint, monkeypatch):
     """The real main: three updates of two epochs each against the docstring's loss, written anew; and what it logs about them."""
-    seen, buffers, batches, gae, normalize = [], [], [], sta_ppo.compute_gae, sta_ppo.normalize
+    seen, buffers, batches, gae, normalize = record_steps(monkeypatch), [], [], sta_ppo.compute_gae, sta_ppo.normalize
 
     def record_gae(*args):
         advantages, returns = gae(*args)
@@ -167,14 +167,8 @@ def test_the_gradients_of_an_update_are_those_of_plain_autograd(by_stage, ppo, c
         buffers[-1].setdefault("stages", stages)  # it calls itself for each stage
         return normalize(advantages, stages)
 
-    class Spy(torch.optim.AdamW):
-        def step(self, *args):
-            seen.append([[x.detach().clone() for x in (p, p.grad)] for group in self.param_groups for p in group["params"]])
-            return super().step(*args)
-
     monkeypatch.setattr(sta_ppo, "compute_gae", record_gae)
     monkeypatch.setattr(sta_ppo, "normalize", record_stages)
-    monkeypatch.setattr(torch.optim, "AdamW", Spy)
     monkeypatch.setattr(stare_utils, "refuse_nan", lambda losses, output, batch: batches.append({name: x.clone() for name, x in batch.items()}))
     curves = scalars(ppo("run", 3, 20, "--update-epochs", 2, "--num-minibatches", 1, "--kl-coef", 0.3, "--vf-coef", 50, "--max-grad-norm", 1e9,
                          "--learning-rate", 3e-4, *["--stage-advantage"] * by_stage))  # fmt: skip
@@ -187,7 +181,7 @@ def test_the_gradients_of_an_update_are_those_of_plain_autograd(by_stage, ppo, c
         inputs, A, rows = prompt(processor, batch), normalize(advantages, stages), []
         with torch.no_grad():
             reference = sta_ppo.action_logprob(start, inputs, batch["bins"], ACTIVE)[0]
-        for epoch, state in enumerate(seen[2 * update : 2 * update + 2]):
+        for epoch, (_, state) in enumerate(seen[2 * update : 2 * update + 2]):
             for p, (value, _) in zip(params, state, strict=True):
                 p.data.copy_(value)
                 p.grad = None
