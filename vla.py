@@ -46,6 +46,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 Tensor = torch.Tensor
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on a GPU too: roll-out and update must give the same log-probabilities
 
 # timm ids of the published towers -> width, blocks, heads, MLP width, patch, prefix tokens, LayerScale
 TOWERS = {

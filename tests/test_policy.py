@@ -51,6 +51,10 @@ def test_rollout_and_update_give_an_action_the_same_probability(make, greedy):
     assert not greedy or torch.equal(end - 1 - bins[:, 0], end - 256 + first[:, end - 256 : end].argmax(-1))
 
 
+def test_float32_is_float32_on_a_gpu():
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_an_instruction_has_the_same_probability_beside_a_longer_one():
     model, processor = tiny_model()
     obs, bins = frames(4), torch.randint(0, 256, (4, 7))
