@@ -86,6 +86,15 @@ def test_pairs_are_exported_as_clips_side_by_side_in_random_order(exported):
             assert np.abs(half - waiting).max() < 4  # of 255, after compression
 
 
+def test_whole_trajectories_are_exported_from_their_first_step_to_their_last(tpo, tmp_path):
+    tpo("--export-pairs", tmp_path / "pairs", "--no-stage-aware")
+    for row in (rows := rows_of(tmp_path / "pairs")):
+        assert (row["stage"], row["stage_name"]) == (0, "trajectory")
+        for side in ("left", "right"):
+            assert row[f"{side}_steps"] == [0, len(ROLLOUTS[NAMES.index(row[side])]["stage"]) - 1]
+    assert len(rows) > 2
+
+
 def test_verdicts_become_pairs(exported, capsys):
     rows = fill(exported, ["left", "right", "tie", *[None] * 99])
     pairs = read(exported)
