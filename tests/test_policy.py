@@ -2,10 +2,11 @@
 import json
 import types
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import STATS, frames, prompt, tiny_model
+from conftest import STATS, call, frames, prompt, tiny_model, write_demos
 from PIL import Image
 
 import eval as evaluation
@@ -181,6 +182,17 @@ def test_a_separator_is_found_along_the_chain_of_checkpoints(checkpoint, tmp_pat
         if args:
             (tmp_path / "ppo/checkpoint/args.json").write_text(args)
         assert vla.load_separator(tmp_path / "ppo/checkpoint", env_id, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_separator_is_kept_where_the_demonstrations_of_every_task_have_labels(labelled, tmp_path):
+    paths = [write_demos(tmp_path / f"{task}.h5", task) for task in ("PickCube-v1", "PushCube-v1")]
+    for path in paths[: 1 + labelled]:
+        with h5py.File(path, "a") as file:
+            file["traj_0/stage"], file["traj_1/stage"] = np.zeros(6, int), np.zeros(9, int)
+    call(sft, "--env-id", "PickCube-v1,PushCube-v1", "--demo-path", f"{paths[0]},{paths[1]}", "--num-updates", 2, "--batch-size", 4,
+         "--num-eval-episodes", 0, "--output-dir", tmp_path / "run", "--no-cuda")  # fmt: skip
+    assert (tmp_path / "run/checkpoint/separator.safetensors").exists() == labelled
 
 
 def test_a_separator_is_measured_against_the_rules():
