@@ -1,4 +1,4 @@
-"""Do the stage signals say what they should? Three tables of docs/results.md, from the roll-outs that STA-TPO samples and from PPO's curves.
+"""Do the stage signals say what they should? Three tables of docs/tables.md, from the roll-outs that STA-TPO samples and from PPO's curves.
 
     python benchmark/mechanism.py                                # writes the tables anew from docs/mechanism.jsonl and docs/results.jsonl
     python benchmark/mechanism.py runs/*__sta-tpo__*__paper      # first adds these runs' rows: give all training seeds of a task at once
@@ -92,7 +92,7 @@ def main(runs: list[str]) -> None:
     lines += [cells(row["task"], row["stage"], row["completed"], row["cost"], text("{:.1f}, {:.1f}", row["won"], row["lost"]), text("{:.0%}", row["slower"]))
               for row in rows if row["completed"] is not None]  # fmt: skip
     lines += ["", "| task | method | seeds | deviation of the advantages, updates 1, 2 | last 3 | explained variance, last 3 |", "|---" * 6 + "|"]
-    between(DOCS / "results.md", "mechanism", "\n".join([*lines, *curve_rows()]))
+    between(DOCS / "tables.md", "mechanism", "\n".join([*lines, *curve_rows()]))
 
 
 if __name__ == "__main__":

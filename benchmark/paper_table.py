@@ -1,6 +1,6 @@
-"""Tables and plot of docs/results.md from the runs of benchmark/paper_table.sh, nothing typed by hand.
+"""Tables and plots of docs/results.md, docs/tables.md and README.md from the runs of benchmark/paper_table.sh, nothing typed by hand.
 
-    python benchmark/paper_table.py                       # writes docs/results.md's tables, docs/results.svg, docs/summary.svg from docs/results.jsonl
+    python benchmark/paper_table.py                       # writes the tables, docs/results.svg and docs/summary.svg anew from docs/results.jsonl
     python benchmark/paper_table.py runs/*__paper      # first adds these runs' rows (of the same method, budget, task and seed the newer one counts)
 
 A row is eval.py's result row, with `successes` (one 0 or 1 per evaluation seed) in place of the episodes and, for PPO, `curve`: [env steps, seconds of
@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stare_utils import TASKS, get_task
@@ -55,13 +56,17 @@ def row_of(run: Path) -> dict:
 
 def difference(a: list[dict], b: list[dict]) -> str:
     """Mean of b - a over the same evaluation seeds, in points, with a 95 % interval: the variances of the training seeds' means and of the episodes'
-    means add up. A method of one training seed (SFT) stands against each of the other's."""
+    means add up, and Student's t has the degrees of freedom of such a sum (Welch-Satterthwaite): two where three seeds' spread is all of it. A method
+    of one training seed (SFT) stands against each of the other's."""
     first, second = (np.array([[int(x) for x in row["successes"]] for row in sorted(rows, key=lambda row: row["seed"])]) for rows in (a, b))
     diff = second - first  # (seeds, episodes)
     if len(diff) < 2:
         return f"{100 * diff.mean():+.1f}, one training seed"
-    error = np.sqrt(diff.mean(1).var(ddof=1) / len(diff) + diff.mean(0).var(ddof=1) / diff.shape[1])
-    return f"{100 * diff.mean():+.1f} [{100 * (diff.mean() - 1.96 * error):+.1f}, {100 * (diff.mean() + 1.96 * error):+.1f}]"
+    variances, others = np.array([diff.mean(axis).var(ddof=1) / diff.shape[1 - axis] for axis in (1, 0)]), np.array(diff.shape) - 1
+    if not variances.any():
+        return f"{100 * diff.mean():+.1f}, all alike"
+    half = stats.t.ppf(0.975, variances.sum() ** 2 / (variances**2 / others).sum()) * variances.sum() ** 0.5
+    return f"{100 * diff.mean():+.1f} [{100 * (diff.mean() - half):+.1f}, {100 * (diff.mean() + half):+.1f}]"
 
 
 def table(env_id: str, methods: dict[str, list[dict]]) -> str:
@@ -201,8 +206,8 @@ def main(runs: list[str]) -> None:
     tasks = dict(sorted(tasks.items(), key=lambda item: order(item[0])))
     whole = overview(tasks)
     between(DOCS.parent / "README.md", "table", "\n".join(line for line in whole.splitlines() if line.count("not run") < len(PAPER) - 1))
-    tables = [table(env_id, methods) for env_id, methods in tasks.items() if len(methods) > 1]
-    between(DOCS / "results.md", "tables", "\n\n".join([whole, *tables]))
+    between(DOCS / "results.md", "table", whole)
+    between(DOCS / "tables.md", "tables", "\n\n".join(table(env_id, methods) for env_id, methods in tasks.items() if len(methods) > 1))
     plot(tasks)
     summarise(tasks)
 

@@ -22,7 +22,7 @@ def rows(*successes, env_id="PickCube-v1"):
 
 def test_the_pages_hold_what_the_rows_say(tmp_path, monkeypatch):
     """Else: python benchmark/paper_table.py, or mechanism.py"""
-    pages = ("README.md", "docs/results.md", "docs/results.jsonl", "docs/mechanism.jsonl")
+    pages = ("README.md", "docs/results.md", "docs/tables.md", "docs/results.jsonl", "docs/mechanism.jsonl")
     (tmp_path / "docs").mkdir()
     for page in pages:
         shutil.copy(ROOT / page, tmp_path / page)
@@ -38,7 +38,7 @@ def test_the_pages_hold_what_the_rows_say(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("page", "start"), [("README.md", "## What the stages add"), ("docs/results.md", "## In short")])
 def test_intervals_of_the_summaries_stand_in_the_tables(page, start):
     summary = (ROOT / page).read_text().split(start)[1].split("\n## ")[0]
-    tables = (ROOT / "docs/results.md").read_text().split("<!-- tables -->")[1].split("<!-- /tables -->")[0]
+    tables = (ROOT / "docs/tables.md").read_text()
     intervals = re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]", summary)
     assert len(intervals) >= 5
     assert [interval for interval in intervals if interval not in tables] == []
@@ -47,9 +47,19 @@ def test_intervals_of_the_summaries_stand_in_the_tables(page, start):
 def test_a_paired_difference_adds_the_spread_of_seeds_and_of_episodes():
     sft, ppo = rows("0101"), rows("1101", "1111")
     # ppo - sft, by seed: 1 0 0 0 and 1 0 1 0; means of the seeds 0.25, 0.5, of the episodes 1, 0, 0.5, 0
-    error = np.sqrt(0.03125 / 2 + 0.229166667 / 4)
-    assert paper_table.difference(sft, ppo) == f"+37.5 [{37.5 - 196 * error:+.1f}, {37.5 + 196 * error:+.1f}]"
+    seeds, episodes = 0.03125 / 2, 0.229166667 / 4
+    freedom = (seeds + episodes) ** 2 / (seeds**2 / 1 + episodes**2 / 3)  # Welch-Satterthwaite: 3.99
+    half = 100 * 2.778 * np.sqrt(seeds + episodes)  # Student's t of four degrees of freedom, from a printed table
+    low, high = map(float, re.findall(r"[+-][\d.]+(?=[,\]])", paper_table.difference(sft, ppo)))
+    assert round(freedom) == 4 and low == pytest.approx(37.5 - half, abs=0.2) and high == pytest.approx(37.5 + half, abs=0.2)
     assert paper_table.difference(sft, ppo[:1]) == "+25.0, one training seed"
+
+
+def test_where_the_seeds_are_all_the_spread_three_have_two_degrees_of_freedom():
+    """Student's t with two degrees of freedom: 4.303"""
+    sft, all_or_none = rows("0" * 40), rows("0" * 40, "1" * 40, "1" * 40)
+    assert paper_table.difference(sft, all_or_none) == f"+66.7 [{200 / 3 - 4.3027 * 100 / 3:+.1f}, {200 / 3 + 4.3027 * 100 / 3:+.1f}]"
+    assert paper_table.difference(sft, rows("1" * 40, "1" * 40)) == "+100.0, all alike"
 
 
 def test_the_overview_keeps_budgets_apart_and_gives_no_mean_of_an_incomplete_group():
