@@ -89,7 +89,7 @@ class Args:
     gamma: float = 0.97
     """discount: a step saved is worth (1 - gamma) V"""
     gae_lambda: float = 0.5
-    """lambda of generalised advantage estimation"""
+    """lambda of generalised advantage estimation: 0.5 suits the stage reward, which pays at once; for --reward sparse take 1 (docs/results.md)"""
     num_minibatches: int = 4
     """optimiser steps per epoch; num_envs * num_steps must be a multiple of it"""
     update_epochs: int = 2
