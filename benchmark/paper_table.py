@@ -63,10 +63,10 @@ def difference(a: list[dict], b: list[dict]) -> str:
     diff = second - first  # (seeds, episodes)
     if len(diff) < 2:
         return f"{100 * diff.mean():+.1f}, one training seed"
-    variances, others = np.array([diff.mean(axis).var(ddof=1) / diff.shape[1 - axis] for axis in (1, 0)]), np.array(diff.shape) - 1
+    variances, freedom = np.array([diff.mean(axis).var(ddof=1) / diff.shape[1 - axis] for axis in (1, 0)]), np.array(diff.shape) - 1
     if not variances.any():
         return f"{100 * diff.mean():+.1f}, all alike"
-    half = stats.t.ppf(0.975, variances.sum() ** 2 / (variances**2 / others).sum()) * variances.sum() ** 0.5
+    half = stats.t.ppf(0.975, variances.sum() ** 2 / (variances**2 / freedom).sum()) * variances.sum() ** 0.5
     return f"{100 * diff.mean():+.1f} [{100 * (diff.mean() - half):+.1f}, {100 * (diff.mean() + half):+.1f}]"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -49,9 +50,8 @@ def test_a_paired_difference_adds_the_spread_of_seeds_and_of_episodes():
     # ppo - sft, by seed: 1 0 0 0 and 1 0 1 0; means of the seeds 0.25, 0.5, of the episodes 1, 0, 0.5, 0
     seeds, episodes = 0.03125 / 2, 0.229166667 / 4
     freedom = (seeds + episodes) ** 2 / (seeds**2 / 1 + episodes**2 / 3)  # Welch-Satterthwaite: 3.99
-    half = 100 * 2.778 * np.sqrt(seeds + episodes)  # Student's t of four degrees of freedom, from a printed table
-    low, high = map(float, re.findall(r"[+-][\d.]+(?=[,\]])", paper_table.difference(sft, ppo)))
-    assert round(freedom) == 4 and low == pytest.approx(37.5 - half, abs=0.2) and high == pytest.approx(37.5 + half, abs=0.2)
+    half = 100 * stats.t.ppf(0.975, freedom) * np.sqrt(seeds + episodes)  # a printed table has 2.776 for four
+    assert paper_table.difference(sft, ppo) == f"+37.5 [{37.5 - half:+.1f}, {37.5 + half:+.1f}]"
     assert paper_table.difference(sft, ppo[:1]) == "+25.0, one training seed"
 
 
