@@ -139,13 +139,15 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 
 def paired_difference(a: list[dict], b: list[dict]) -> dict:
-    """Mean of success_once(b) - success_once(a) over the episodes with the same seed, with a 95 % normal interval."""
+    """Mean of success_once(b) - success_once(a) over the episodes with the same seed, with a 95 % interval: the normal one once two pairs have been
+    added, half of one won and half of one lost among them (Agresti and Min 2005), which holds the truth as often as it says with 24 pairs, too."""
     first = {row["seed"]: row["success_once"] for row in a}
     diff = np.array([float(row["success_once"]) - float(first[row["seed"]]) for row in b if row["seed"] in first])
     if len(diff) < 2:
         raise UserError("the two results share fewer than two seeds: evaluate both with the same --seed and --num-eval-episodes")
-    half = 1.959964 * diff.std(ddof=1) / math.sqrt(len(diff))
-    return {"difference": diff.mean(), "low": diff.mean() - half, "high": diff.mean() + half, "num_episodes": len(diff)}
+    n = len(diff) + 2
+    middle, half = diff.sum() / n, 1.959964 * math.sqrt(np.abs(diff).sum() + 1 - diff.sum() ** 2 / n) / n
+    return {"difference": diff.mean(), "low": middle - half, "high": middle + half, "num_episodes": len(diff)}
 
 
 def draw(rgb: torch.Tensor, stage_name: str, potential: float, success: bool) -> np.ndarray:

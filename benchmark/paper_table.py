@@ -27,13 +27,16 @@ DOCS = Path(__file__).parent.parent / "docs"
 plt.rcParams["svg.hashsalt"] = "stare"  # the same rows, the same file
 plt.rcParams["axes.titlesize"] = 9
 METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan",
-           "PPO-montecarlo": "teal", "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple"}  # fmt: skip
+           "PPO-lambda-0.95": "turquoise", "PPO-lambda-1": "teal", "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "STA-PPO-lambda-0.95": "royalblue",
+           "STA-PPO-lambda-1": "navy", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
-PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-montecarlo", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the paper's rows, and a fairer PPO
+PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-lambda-1", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the paper's rows, and a fairer PPO
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
-            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "PPO-montecarlo"), ("PPO", "PPO-montecarlo"), ("SFT", "STA-PPO"),
-            ("PPO", "STA-PPO"), ("PPO-montecarlo", "STA-PPO"), ("PPO-dense", "STA-PPO"), ("TPO", "SFT-TPO-PPO"), ("SFT", "IPI"), ("STA-TPO", "IPI"),
-            ("PPO", "IPI"), ("PPO-montecarlo", "IPI"), ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"))  # fmt: skip
+            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "PPO-lambda-1"), ("PPO", "PPO-lambda-0.95"),
+            ("PPO", "PPO-lambda-1"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-lambda-0.95", "STA-PPO"), ("PPO-lambda-1", "STA-PPO"),
+            ("PPO-dense", "STA-PPO"), ("STA-PPO", "STA-PPO-lambda-0.95"), ("PPO-lambda-0.95", "STA-PPO-lambda-0.95"), ("STA-PPO", "STA-PPO-lambda-1"),
+            ("PPO-lambda-1", "STA-PPO-lambda-1"), ("TPO", "SFT-TPO-PPO"), ("SFT", "IPI"), ("STA-TPO", "IPI"), ("PPO", "IPI"), ("PPO-lambda-1", "IPI"),
+            ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"))  # fmt: skip
 
 
 def row_of(run: Path) -> dict:

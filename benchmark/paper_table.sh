@@ -7,7 +7,8 @@
 #   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
 # Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (128, the same ones) are
 # part of the budget of SFT-TPO-PPO and IPI: their PPO has what is left of STEPS. METHODS also knows STA-TPO-completed and
-# STA-TPO-sum, other costs in the pairs, PPO-montecarlo, which feels a success from afar, and STA-PPO-no-reach (-no-grasp, ...), a stage that pays only when it ends.
+# STA-TPO-sum, other costs in the pairs, PPO-lambda-1, STA-PPO-lambda-0.95 and the like, with this --gae-lambda, and STA-PPO-no-reach (-no-grasp, ...), a stage
+# that pays only when it ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
@@ -52,7 +53,8 @@ for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 Pic
         STA-PPO) ppo STA-PPO "$SFT" "$STEPS" ;;
         STA-PPO-no-*) ppo "$METHOD" "$SFT" "$STEPS" --silent-stages "${METHOD#STA-PPO-no-}" ;;
         PPO) ppo PPO "$SFT" "$STEPS" --reward sparse ;;
-        PPO-montecarlo) ppo PPO-montecarlo "$SFT" "$STEPS" --reward sparse --gae-lambda 1 ;;
+        STA-PPO-lambda-*) ppo "$METHOD" "$SFT" "$STEPS" --gae-lambda "${METHOD##*-}" ;;
+        PPO-lambda-*) ppo "$METHOD" "$SFT" "$STEPS" --reward sparse --gae-lambda "${METHOD##*-}" ;;
         PPO-dense) [[ $ENV_ID == *Scene-v1 ]] || ppo PPO-dense "$SFT" "$STEPS" --reward dense ;; # ManiSkill has none for SimplerEnv's tasks
         SFT-TPO-PPO) ppo SFT-TPO-PPO "$(of TPO)" "$(left TPO)" --reward sparse ;;
         IPI) ppo IPI "$(of STA-TPO)" "$(left STA-TPO)" ;;
