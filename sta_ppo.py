@@ -88,8 +88,8 @@ class Args:
     uninterrupted one, on a CPU bit for bit"""
     gamma: float = 0.97
     """discount: a step saved is worth (1 - gamma) V"""
-    gae_lambda: float = 0.5
-    """lambda of generalised advantage estimation: 0.5 suits the stage reward, which pays at once; for --reward sparse take 1 (docs/results.md)"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation; at 0.5 --reward sparse learned to stand still (docs/results.md), the stage reward did not"""
     num_minibatches: int = 4
     """optimiser steps per epoch; num_envs * num_steps must be a multiple of it"""
     update_epochs: int = 2

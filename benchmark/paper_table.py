@@ -27,16 +27,14 @@ DOCS = Path(__file__).parent.parent / "docs"
 plt.rcParams["svg.hashsalt"] = "stare"  # the same rows, the same file
 plt.rcParams["axes.titlesize"] = 9
 METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan",
-           "PPO-lambda-0.95": "turquoise", "PPO-lambda-1": "teal", "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "STA-PPO-lambda-0.95": "royalblue",
-           "STA-PPO-lambda-1": "navy", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple"}  # fmt: skip
+           "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
-PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-lambda-1", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the paper's rows, and a fairer PPO
+PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")
+IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "slow": "long"}  # budgets that begin with another's, and with its preference steps
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
-            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "PPO-lambda-1"), ("PPO", "PPO-lambda-0.95"),
-            ("PPO", "PPO-lambda-1"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-lambda-0.95", "STA-PPO"), ("PPO-lambda-1", "STA-PPO"),
-            ("PPO-dense", "STA-PPO"), ("STA-PPO", "STA-PPO-lambda-0.95"), ("PPO-lambda-0.95", "STA-PPO-lambda-0.95"), ("STA-PPO", "STA-PPO-lambda-1"),
-            ("PPO-lambda-1", "STA-PPO-lambda-1"), ("TPO", "SFT-TPO-PPO"), ("SFT", "IPI"), ("STA-TPO", "IPI"), ("PPO", "IPI"), ("PPO-lambda-1", "IPI"),
-            ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"))  # fmt: skip
+            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
+            ("TPO", "SFT-TPO-PPO"), ("SFT", "IPI"), ("STA-TPO", "IPI"), ("PPO", "IPI"), ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"))  # fmt: skip
+BETWEEN = (("PPO", "PPO"), ("PPO-dense", "PPO-dense"), ("STA-PPO", "STA-PPO"), ("IPI", "IPI"), ("PPO", "STA-PPO"), ("PPO", "IPI"))  # two budgets
 
 
 def row_of(run: Path) -> dict:
@@ -73,8 +71,8 @@ def difference(a: list[dict], b: list[dict]) -> str:
     return f"{100 * diff.mean():+.1f} [{100 * (diff.mean() - half):+.1f}, {100 * (diff.mean() + half):+.1f}]"
 
 
-def table(env_id: str, methods: dict[str, list[dict]]) -> str:
-    """Markdown: success of each method over its training seeds, and what it gains."""
+def table(env_id: str, methods: dict[str, list[dict]], budgets: dict[str, dict[str, list[dict]]]) -> str:
+    """Markdown: success of each method over its training seeds, and what it gains; `budgets`: others that begin with this one's imitation."""
     stages = ", ".join(get_task(env_id.partition(",")[0]).stages)
     lines = [f"| method | env steps | training seeds | success_once, mean ± std [each seed] | at the end | % that completed {stages} | training s |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -89,15 +87,16 @@ def table(env_id: str, methods: dict[str, list[dict]]) -> str:
         elif method in PAPER:
             lines.append(f"| {method} | not run | | | | | |")
     lines += ["", "| difference, points [95 %] | |", "|---|---|"]
-    compared = [*COMPARED, *(("STA-PPO", method) for method in SILENT)]
-    for a, b in compared:
-        pair = [methods.get(a, []), methods.get(b, [])]
+    compared = [(a, b, b, methods) for a, b in [*COMPARED, *(("STA-PPO", method) for method in SILENT)]]
+    compared += [(a, b, f"{b}, {name}", others) for name, others in budgets.items() for a, b in BETWEEN]
+    for a, b, name, others in compared:
+        pair = [methods.get(a, []), others.get(b, [])]
         if a != "SFT":  # imitation is one run, the start of all others
             shared = set.intersection(*({row["seed"] for row in rows} for rows in pair))
             pair = [[row for row in rows if row["seed"] in shared] for rows in pair]
         if all(pair):
-            fewer = f", {len(pair[1])} seeds" * (1 < len(pair[1]) < max(len(methods[a]), len(methods[b])))
-            lines.append(f"| {b} - {a} | {difference(*pair)}{fewer} |")
+            fewer = f", {len(pair[1])} seeds" * (1 < len(pair[1]) < max(len(methods[a]), len(others[b])))
+            lines.append(f"| {name} - {a} | {difference(*pair)}{fewer} |")
     return "\n".join([f"**{env_id}**", "", *lines])
 
 
@@ -207,11 +206,17 @@ def main(runs: list[str]) -> None:
     for row in merge(DOCS / "results.jsonl", new, "env_id", "method", "seed"):
         method, _, budget = row["method"].partition("@")
         tasks[row["env_id"] + f", {budget}" * bool(budget)][method].append(row)
-    tasks = dict(sorted(tasks.items(), key=lambda item: order(item[0])))
+    tasks, same = dict(sorted(tasks.items(), key=lambda item: order(item[0]))), defaultdict(dict)
+    for name, methods in tasks.items():
+        env_id, _, budget = name.partition(", ")
+        if budget in IMITATION:
+            origin = env_id + f", {IMITATION[budget]}" * bool(IMITATION[budget])
+            same[origin][budget] = methods
+            methods |= {method: rows for method, rows in tasks[origin].items() if method == "SFT" or "TPO" in method and "PPO" not in method}
     whole = overview(tasks)
-    between(DOCS.parent / "README.md", "table", "\n".join(line for line in whole.splitlines() if line.count("not run") <= len(PAPER) - 4))
+    between(DOCS.parent / "README.md", "table", "\n".join(line for line in whole.splitlines() if line.split("|")[5:].count(" not run ") <= 3))
     between(DOCS / "results.md", "table", whole)
-    between(DOCS / "tables.md", "tables", "\n\n".join(table(env_id, methods) for env_id, methods in tasks.items() if len(methods) > 1))
+    between(DOCS / "tables.md", "tables", "\n\n".join(table(env_id, methods, same[env_id]) for env_id, methods in tasks.items() if len(methods) > 1))
     plot(tasks)
     summarise(tasks)
 
