@@ -63,14 +63,16 @@ def rows_of(runs: list[str]) -> list[dict]:
 
 
 def curve_rows() -> list[str]:
-    rows = [json.loads(line) for line in (DOCS / "results.jsonl").read_text().splitlines()]
-    out = []
-    for env_id in sorted({row["env_id"] for row in rows}):
-        for method in ("PPO", "PPO-dense", "STA-PPO"):
-            if curves := [row["curve"] for row in rows if (row["env_id"], row["method"]) == (env_id, method) and "curve" in row]:
-                early = np.mean([[update[4] for update in curve[:2]] for curve in curves])
-                late, explained = (np.mean([[update[i] for update in curve[-3:]] for curve in curves]) for i in (4, 3))
-                out.append(f"| {env_id} | {method} | {len(curves)} | {early:.3f} | {late:.3f} | {explained:.2f} |")
+    rows, curves, out = [json.loads(line) for line in (DOCS / "results.jsonl").read_text().splitlines()], defaultdict(list), []
+    for row in rows:
+        method, _, budget = row["method"].partition("@")
+        if method in ("PPO", "PPO-dense", "STA-PPO") and "curve" in row:
+            curves[row["env_id"] + f", {budget}" * bool(budget), method].append(row["curve"])
+    for task, method in sorted(curves, key=lambda key: (order(key[0]), key[1])):
+        seeds = curves[task, method]
+        early = np.mean([[update[4] for update in curve[:2]] for curve in seeds])
+        late, explained = (np.mean([[update[i] for update in curve[-3:]] for curve in seeds]) for i in (4, 3))
+        out.append(f"| {task} | {method} | {len(seeds)} | {early:.3f} | {late:.3f} | {explained:.2f} |")
     return out
 
 
