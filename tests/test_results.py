@@ -36,13 +36,14 @@ def test_the_pages_hold_what_the_rows_say(tmp_path, monkeypatch):
         assert drawn == shipped > 0
 
 
-@pytest.mark.parametrize(("page", "start"), [("README.md", "## What the stages add"), ("docs/results.md", "## In short")])
-def test_intervals_of_the_summaries_stand_in_the_tables(page, start):
+@pytest.mark.parametrize(("page", "start"), [("README.md", "## What the stages add"), ("docs/results.md", "## In short"),
+                                             ("docs/results.md", "## Lambda and the reward")])  # fmt: skip
+def test_figures_of_the_summaries_stand_in_the_tables(page, start):
     summary = (ROOT / page).read_text().split(start)[1].split("\n## ")[0]
     tables = (ROOT / "docs/tables.md").read_text()
-    intervals = re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]", summary)
-    assert len(intervals) >= 5
-    assert [interval for interval in intervals if interval not in tables] == []
+    figures = re.findall(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]|[\d.]+ ± [\d.]+", summary)
+    assert len(figures) >= 5
+    assert [figure for figure in figures if figure not in tables] == []
 
 
 def test_a_paired_difference_adds_the_spread_of_seeds_and_of_episodes():
