@@ -212,7 +212,7 @@ def main(runs: list[str]) -> None:
         if budget in IMITATION:
             origin = env_id + f", {IMITATION[budget]}" * bool(IMITATION[budget])
             same[origin][budget] = methods
-            methods |= {method: rows for method, rows in tasks[origin].items() if method == "SFT" or "TPO" in method and "PPO" not in method}
+            methods |= {method: rows for method, rows in tasks.get(origin, {}).items() if method == "SFT" or "TPO" in method and "PPO" not in method}
     whole = overview(tasks)
     between(DOCS.parent / "README.md", "table", "\n".join(line for line in whole.splitlines() if line.split("|")[5:].count(" not run ") <= 3))
     between(DOCS / "results.md", "table", whole)

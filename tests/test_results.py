@@ -87,6 +87,15 @@ def test_the_overview_keeps_budgets_apart_and_gives_no_mean_of_an_incomplete_gro
     assert set(lines["SimplerEnv mean"].values()) == set(lines["ManiSkill3 mean"].values()) == {"not run"} and "SimplerEnv mean, turned" not in lines
 
 
+def test_budgets_of_one_imitation_are_compared_over_the_seeds_that_both_have():
+    methods, budgets = {"SFT": rows("0101"), "PPO": rows("1101", "1111")}, {"lambda-1": {"PPO": rows("0001", "0011", "1111"), "STA-PPO": rows("1111", "1111")}}
+    lines = paper_table.table("PickCube-v1", methods, budgets).splitlines()
+    difference = paper_table.difference(methods["PPO"], budgets["lambda-1"]["PPO"][:2])
+    assert difference.startswith("-50.0 ") and f"| PPO, lambda-1 - PPO | {difference}, 2 seeds |" in lines
+    assert f"| STA-PPO, lambda-1 - PPO | {paper_table.difference(methods['PPO'], budgets['lambda-1']['STA-PPO'])} |" in lines
+    assert len([line for line in lines if "lambda-1" in line]) == 2
+
+
 def test_a_stage_row_by_hand():
     """Two stages; two roll-outs finish the first after 3 and after 1 steps, the quicker one fails, a third never gets through."""
     roll = lambda stage, distance, success: {"stage": torch.tensor(stage), "distance": torch.tensor(distance), "success": success, "init_seed": 0}  # noqa: E731
