@@ -1,4 +1,6 @@
 """A run that dies after its first save and is resumed ends like one that never stopped, bit for bit."""
+import time
+
 import pytest
 from conftest import call, differing, invent_rollouts, scalars, write_demos
 
@@ -36,6 +38,7 @@ def check_resume(script, monkeypatch, tmp_path, *args):
 def test_what_was_logged_after_the_last_save_is_not_logged_twice(tmp_path):
     args = sft.Args(output_dir=str(tmp_path), resume=True)
     for begin, end in ((0, 5), (3, 6)):  # stopped after step 5, saved after 3
+        time.sleep(1)  # TensorBoard reads files in the order of their names, which tell seconds apart and no less
         _, writer = sft.open_run(args, "sft", 0, begin)
         for step in range(begin + 1, end + 1):
             writer.add_scalar("losses/ce", 10 * begin + step, step)
