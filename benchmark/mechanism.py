@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
-from paper_table import DOCS, between, merge, order
+from paper_table import DOCS, between, merge, order, task_name
 
 from sta_tpo import build_stage_pairs, read_rollouts, segment_rows
 from stare_utils import get_task, segment_stages, stage_potential
@@ -67,7 +67,7 @@ def curve_rows() -> list[str]:
     for row in rows:
         method, _, budget = row["method"].partition("@")
         if method in ("PPO", "PPO-dense", "STA-PPO") and "curve" in row:
-            curves[row["env_id"] + f", {budget}" * bool(budget), method].append(row["curve"])
+            curves[task_name(row["env_id"], budget), method].append(row["curve"])
     for task, method in sorted(curves, key=lambda key: (order(key[0]), key[1])):
         seeds = curves[task, method]
         early = np.mean([[update[4] for update in curve[:2]] for curve in seeds])

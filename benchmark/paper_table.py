@@ -29,7 +29,7 @@ plt.rcParams["axes.titlesize"] = 9
 METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan",
            "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
-PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")
+PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
 IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "slow": "long"}  # budgets that begin with another's, and with its preference steps
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
             ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
@@ -200,17 +200,22 @@ def order(task: str) -> tuple[int, str]:
     return list(TASKS).index(task.partition(",")[0]), task
 
 
+def task_name(env_id: str, budget: str) -> str:
+    """How tables call a task and its budget: "task, budget", the budget without a name by the task alone."""
+    return env_id + f", {budget}" * bool(budget)
+
+
 def main(runs: list[str]) -> None:
     new = [row_of(Path(run)) for run in runs if (Path(run) / "results.json").exists()]
     tasks = defaultdict(lambda: defaultdict(list))
     for row in merge(DOCS / "results.jsonl", new, "env_id", "method", "seed"):
         method, _, budget = row["method"].partition("@")
-        tasks[row["env_id"] + f", {budget}" * bool(budget)][method].append(row)
+        tasks[task_name(row["env_id"], budget)][method].append(row)
     tasks, same = dict(sorted(tasks.items(), key=lambda item: order(item[0]))), defaultdict(dict)
     for name, methods in tasks.items():
         env_id, _, budget = name.partition(", ")
         if budget in IMITATION:
-            origin = env_id + f", {IMITATION[budget]}" * bool(IMITATION[budget])
+            origin = task_name(env_id, IMITATION[budget])
             same[origin][budget] = methods
             methods |= {method: rows for method, rows in tasks.get(origin, {}).items() if method == "SFT" or "TPO" in method and "PPO" not in method}
     whole = overview(tasks)
