@@ -26,14 +26,17 @@ from vla import model_folder
 DOCS = Path(__file__).parent.parent / "docs"
 plt.rcParams["svg.hashsalt"] = "stare"  # the same rows, the same file
 plt.rcParams["axes.titlesize"] = 9
-METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown", "PPO": "tab:cyan",
-           "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple"}  # fmt: skip
+METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown",
+           "STA-TPO-sum5": "chocolate", "PPO": "tab:cyan", "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple",
+           "IPI-sum5": "indigo"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
 PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
 IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "slow": "long"}  # budgets that begin with another's, and with its preference steps
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
-            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
-            ("TPO", "SFT-TPO-PPO"), ("SFT", "IPI"), ("STA-TPO", "IPI"), ("PPO", "IPI"), ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"))  # fmt: skip
+            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "STA-TPO-sum5"), ("STA-TPO", "STA-TPO-sum5"), ("SFT", "PPO"),
+            ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
+            ("TPO", "SFT-TPO-PPO"), ("SFT", "IPI"), ("STA-TPO", "IPI"), ("PPO", "IPI"), ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"),
+            *((a, "IPI-sum5") for a in ("SFT", "STA-TPO-sum5", "PPO", "STA-PPO", "IPI")))  # fmt: skip
 BETWEEN = (("PPO", "PPO"), ("PPO-dense", "PPO-dense"), ("STA-PPO", "STA-PPO"), ("IPI", "IPI"), ("PPO", "STA-PPO"), ("PPO", "IPI"))  # two budgets
 
 

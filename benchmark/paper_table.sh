@@ -10,7 +10,8 @@
 #   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
 # Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (128, the same ones) are
 # part of the budget of SFT-TPO-PPO and IPI: their PPO has what is left of STEPS. METHODS also knows STA-TPO-completed and
-# STA-TPO-sum, other costs in the pairs, and STA-PPO-no-reach (-no-grasp, ...), a stage that pays only when it ends.
+# STA-TPO-sum, other costs in the pairs, STA-TPO-sum5, the latter with five passes over them, IPI-sum5 from that, and STA-PPO-no-reach (-no-grasp, ...), a
+# stage that pays only when it ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
@@ -55,12 +56,14 @@ for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 Pic
         TPO) tpo TPO --no-stage-aware --max-pairs-per-stage 24 ;;
         STA-TPO-completed) tpo STA-TPO-completed --cost-margin 1e9 ;;
         STA-TPO-sum) tpo STA-TPO-sum --cost-sum --cost-coef 0.01 ;; # a sum is some ten times a mean
+        STA-TPO-sum5) tpo STA-TPO-sum5 --cost-sum --cost-coef 0.01 --num-epochs 5 ;;
         STA-PPO) ppo STA-PPO "$SFT" "$STEPS" ;;
         STA-PPO-no-*) ppo "$METHOD" "$SFT" "$STEPS" --silent-stages "${METHOD#STA-PPO-no-}" ;;
         PPO) ppo PPO "$SFT" "$STEPS" --reward sparse ;;
         PPO-dense) [[ $ENV_ID == *Scene-v1 ]] || ppo PPO-dense "$SFT" "$STEPS" --reward dense ;; # ManiSkill has none for SimplerEnv's tasks
         SFT-TPO-PPO) ppo SFT-TPO-PPO "$(of TPO)" "$(left TPO)" --reward sparse ;;
         IPI) ppo IPI "$(of STA-TPO)" "$(left STA-TPO)" ;;
+        IPI-sum5) ppo IPI-sum5 "$(of STA-TPO-sum5)" "$(left STA-TPO-sum5)" ;;
         *) echo "unknown method $METHOD" >&2; exit 2 ;;
       esac
     done
