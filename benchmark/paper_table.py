@@ -31,6 +31,7 @@ METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-com
            "IPI-sum5": "indigo"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
 PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
+README = ("", "lambda-0.5", "turned")  # the budgets of README's table and plot
 IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "slow": "long"}  # budgets that begin with another's, and with its preference steps
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
             ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "STA-TPO-sum5"), ("STA-TPO", "STA-TPO-sum5"), ("SFT", "PPO"),
@@ -167,8 +168,7 @@ def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
 
 
 def summarise(tasks: dict[str, dict[str, list[dict]]]) -> None:
-    """docs/summary.svg, README's: greedy success of each method, a dot per training seed, of each task and budget that the stage reward was tried on."""
-    tasks = {name: methods for name, methods in tasks.items() if {"STA-PPO", "IPI"} & set(methods)}
+    """docs/summary.svg, README's: greedy success of each method, a dot per training seed, of each task and budget of README's table."""
     shown = [method for method in PAPER if any(method in methods for methods in tasks.values())]
     figure, axis = plt.subplots(figsize=(9, 1 + 0.4 * len(tasks)))
     for y, methods in enumerate(tasks.values()):
@@ -208,6 +208,11 @@ def task_name(env_id: str, budget: str) -> str:
     return env_id + f", {budget}" * bool(budget)
 
 
+def budget_of(task: str) -> str:
+    """The budget in a task's name in the tables."""
+    return task.partition(", ")[2]
+
+
 def main(runs: list[str]) -> None:
     new = [row_of(Path(run)) for run in runs if (Path(run) / "results.json").exists()]
     tasks = defaultdict(lambda: defaultdict(list))
@@ -216,17 +221,19 @@ def main(runs: list[str]) -> None:
         tasks[task_name(row["env_id"], budget)][method].append(row)
     tasks, same = dict(sorted(tasks.items(), key=lambda item: order(item[0]))), defaultdict(dict)
     for name, methods in tasks.items():
-        env_id, _, budget = name.partition(", ")
+        env_id, budget = name.partition(", ")[0], budget_of(name)
         if budget in IMITATION:
             origin = task_name(env_id, IMITATION[budget])
             same[origin][budget] = methods
             methods |= {method: rows for method, rows in tasks.get(origin, {}).items() if method == "SFT" or "TPO" in method and "PPO" not in method}
     whole = overview(tasks)
-    between(DOCS.parent / "README.md", "table", "\n".join(line for line in whole.splitlines() if line.split("|")[5:].count(" not run ") <= 3))
+    cells = {line: [cell.strip() for cell in line.split("|")[1:-1]] for line in whole.splitlines()}
+    front = [line for line in cells if budget_of(cells[line][0]) in README and cells[line][4:].count("not run") <= 3]  # of two methods with PPO at least
+    between(DOCS.parent / "README.md", "table", "\n".join(front))
     between(DOCS / "results.md", "table", whole)
     between(DOCS / "tables.md", "tables", "\n\n".join(table(env_id, methods, same[env_id]) for env_id, methods in tasks.items() if len(methods) > 1))
     plot(tasks)
-    summarise(tasks)
+    summarise({cells[line][0]: tasks[cells[line][0]] for line in front if cells[line][0] in tasks})
 
 
 if __name__ == "__main__":
