@@ -368,7 +368,7 @@ def main(args: Args) -> None:
     actives = torch.stack([~vla.constant_dims(s["action"]) for s in stats])  # (tasks, A)
     labelled = [bool((part[4] >= 0).any()) for part in demos]
     del demos
-    print(f"{len(rgb)} frames; action dimensions that vary: {[row.nonzero()[:, 0].tolist() for row in actives]}; {time.time() - start:.0f} s so far")
+    print(f"{len(rgb)} frames; action dimensions that vary:", *(row.nonzero()[:, 0].tolist() for row in actives), f"after {time.time() - start:.0f} s")
     width, K = model.config.text_config.hidden_size, max(len(TASKS[env_id].stages) for env_id in env_ids)
     # STARE: the learned separator reads the stage off the hidden state and teaches the policy nothing. With --learning-rate 0 it alone is trained
     heads = torch.nn.ModuleDict({"aux": torch.nn.Linear(width, where.shape[-1]), "separator": torch.nn.Linear(width, K)}).to(device)
@@ -424,7 +424,7 @@ def main(args: Args) -> None:
             scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": len(index) / seconds, "time/update": seconds,
                         "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30}  # fmt: skip
             if step % 500 == 0:
-                print(f"update {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in scalars.items()), flush=True)
+                print(f"update {step}:", *(f"{name[7:]} {scalars[name]:.4g}" for name in names), f"after {time.time() - start:.0f} s", flush=True)
             for key, value in scalars.items() if rank == 0 else ():
                 writer.add_scalar(key, value, step)
         if (Stop.asked() or step % args.save_freq == 0 or step == args.num_updates) and rank == 0:
