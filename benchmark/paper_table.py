@@ -116,11 +116,9 @@ def overview(tasks: dict[str, dict[str, list[dict]]]) -> str:
         seeds = [[100 * row["success_once"] for row in tasks.get(name, {}).get(method, [])] for name in names]
         if not all(seeds):
             return "not run"
-        text, n = f"{np.mean([np.mean(once) for once in seeds]):.1f}", len(seeds[0])
-        if len(names) > 1:
-            return text
-        spread = f" ± {np.std(seeds[0], ddof=1):.1f}" if n > 1 else ""
-        return text + spread + f" ({n} seed{'s' * (n > 1)})" * (n != 3)
+        n = min(map(len, seeds))
+        spread = f" ± {np.std(seeds[0], ddof=1):.1f}" if n > 1 and len(names) == 1 else ""
+        return f"{np.mean([np.mean(once) for once in seeds]):.1f}{spread}" + f" ({n} seed{'s' * (n > 1)})" * (n != 3)
 
     lines, budgets = [["", *PAPER], ["---"] * (len(PAPER) + 1)], sorted({"".join(name.partition(", ")[1:]) for name in tasks})
     for group, members in groups.items():
