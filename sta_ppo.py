@@ -526,6 +526,7 @@ def main(args: Args) -> None:
             for here, now in ((next_obs, now_obs), (next_info, info)):
                 for name in here:
                     here[name][n] = now[name]
+            assert reward.shape == term.shape == trunc.shape == info["stage"].shape == values[t, n].shape, "one per env: a slice would take one for all"
             env_rewards[t, n], terminated[t, n], done[t, n] = reward.to(device), term.to(device), (term | trunc).to(device)
             stage[n], phi[n] = stage_of(now_obs, info)
             next_potentials[t, n] = phi[n]
