@@ -120,12 +120,12 @@ def overview(tasks: dict[str, dict[str, list[dict]]]) -> str:
         spread = f" ± {np.std(seeds[0], ddof=1):.1f}" if n > 1 and len(names) == 1 else ""
         return f"{np.mean([np.mean(once) for once in seeds]):.1f}{spread}" + f" ({n} seed{'s' * (n > 1)})" * (n != 3)
 
-    lines, budgets = [["", *PAPER], ["---"] * (len(PAPER) + 1)], sorted({"".join(name.partition(", ")[1:]) for name in tasks})
+    lines, budgets = [["", *PAPER], ["---"] * (len(PAPER) + 1)], sorted({budget_of(name) for name in tasks})
     for group, members in groups.items():
         for budget in budgets:
-            cells = [cell([env_id + budget for env_id in members], method) for method in PAPER]
+            cells = [cell([task_name(env_id, budget) for env_id in members], method) for method in PAPER]
             if not budget or set(cells) != {"not run"}:
-                lines.append([group + budget, *cells])
+                lines.append([task_name(group, budget), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -231,7 +231,8 @@ def main(runs: list[str]) -> None:
     between(DOCS / "results.md", "table", whole)
     between(DOCS / "tables.md", "tables", "\n\n".join(table(env_id, methods, same[env_id]) for env_id, methods in tasks.items() if len(methods) > 1))
     plot(tasks)
-    summarise({cells[line][0]: tasks[cells[line][0]] for line in front if cells[line][0] in tasks})
+    names = {cells[line][0] for line in front}
+    summarise({name: methods for name, methods in tasks.items() if name in names})
 
 
 if __name__ == "__main__":
