@@ -28,16 +28,17 @@ plt.rcParams["svg.hashsalt"] = "stare"  # the same rows, the same file
 plt.rcParams["axes.titlesize"] = 9
 METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown",
            "STA-TPO-sum5": "chocolate", "PPO": "tab:cyan", "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple",
-           "IPI-sum5": "indigo"}  # fmt: skip
+           "IPI-sum": "black", "IPI-sum5": "indigo"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
 PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
+PREFERENCE = {method for method in METHODS if "TPO" in method and "PPO" not in method}
 README = ("", "lambda-0.5", "turned")  # the budgets of README's table and plot
-IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "slow": "long"}  # budgets that begin with another's, and with its preference steps
+IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "wide": "", "slow": "long"}  # budgets that begin with another's (and its preference steps)
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
             ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "STA-TPO-sum5"), ("STA-TPO", "STA-TPO-sum5"), ("SFT", "PPO"),
             ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
             ("TPO", "SFT-TPO-PPO"), ("SFT", "IPI"), ("STA-TPO", "IPI"), ("PPO", "IPI"), ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"),
-            *((a, "IPI-sum5") for a in ("SFT", "STA-TPO-sum5", "PPO", "STA-PPO", "IPI")))  # fmt: skip
+            *((a, b) for b in ("IPI-sum", "IPI-sum5") for a in ("SFT", b.replace("IPI", "STA-TPO"), "PPO", "STA-PPO", "IPI")))  # fmt: skip
 BETWEEN = (("PPO", "PPO"), ("PPO-dense", "PPO-dense"), ("STA-PPO", "STA-PPO"), ("IPI", "IPI"), ("PPO", "STA-PPO"), ("PPO", "IPI"))  # two budgets
 
 
@@ -223,7 +224,8 @@ def main(runs: list[str]) -> None:
         if budget in IMITATION:
             origin = task_name(env_id, IMITATION[budget])
             same[origin][budget] = methods
-            methods |= {method: rows for method, rows in tasks.get(origin, {}).items() if method == "SFT" or "TPO" in method and "PPO" not in method}
+            taken = {"SFT"} if methods.keys() & PREFERENCE else {"SFT", *PREFERENCE}  # a budget with more roll-outs has preference steps of its own
+            methods |= {method: rows for method, rows in tasks.get(origin, {}).items() if method in taken}
     whole = overview(tasks)
     cells = {line: [cell.strip() for cell in line.split("|")[1:-1]] for line in whole.splitlines()}
     front = [line for line in cells if budget_of(cells[line][0]) in README and cells[line][4:].count("not run") <= 3]  # of two methods with PPO at least

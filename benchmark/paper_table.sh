@@ -5,22 +5,24 @@
 # SimplerEnv's), with the preference steps from it, or with IMITATION=NAME another budget's, IMITATION=paper that of the budget without a name:
 #   NAME=long STEPS=38400 DEMOS=1000 UPDATES=2500 PPO_FLAGS="--anneal-lr --gae-lambda 0.5" METHODS="STA-TPO IPI PPO" benchmark/paper_table.sh StackCube-v1
 #   NAME=lambda-1 IMITATION=paper PPO_FLAGS="--no-anneal-lr --gae-lambda 1" METHODS=PPO benchmark/paper_table.sh StackCube-v1
+# but preference steps from more than 16 initial states (STATES) are a budget's own:
+#   NAME=wide IMITATION=paper STATES=64 STEPS=36000 PPO_FLAGS="--learning-rate 1.5e-5" METHODS="STA-TPO-sum IPI-sum PPO" benchmark/paper_table.sh StackCube-v1
 # A machine with a GPU and many cores takes chains side by side, once the first line is done:
 #   METHODS= benchmark/paper_table.sh StackCube-v1
 #   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
-# Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (128, the same ones) are
+# Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (8 a state, the same ones) are
 # part of the budget of SFT-TPO-PPO and IPI: their PPO has what is left of STEPS. METHODS also knows STA-TPO-completed and
-# STA-TPO-sum, other costs in the pairs, STA-TPO-sum5, the latter with five passes over them, IPI-sum5 from that, and STA-PPO-no-reach (-no-grasp, ...), a
-# stage that pays only when it ends.
+# STA-TPO-sum, other costs in the pairs, STA-TPO-sum5, the latter with five passes over them, IPI-sum and IPI-sum5 from those, and STA-PPO-no-reach
+# (-no-grasp, ...), a stage that pays only when it ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
-STEPS=${STEPS:-9600} NAME=${NAME:-paper} IMITATION=${IMITATION:-${NAME:-paper}} DEMOS=${DEMOS:-400} UPDATES=${UPDATES:-1500} PPO_FLAGS=${PPO_FLAGS:---no-anneal-lr}
-EPISODES=(--num-eval-episodes 200 --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
+STEPS=${STEPS:-9600} NAME=${NAME:-paper} IMITATION=${IMITATION:-${NAME:-paper}} DEMOS=${DEMOS:-400} UPDATES=${UPDATES:-1500} STATES=${STATES:-16} PPO_FLAGS=${PPO_FLAGS:---no-anneal-lr}
+EPISODES=(--num-eval-episodes "${EPISODES:-200}" --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
 
-# NAME, of imitation and preference step IMITATION
-budget() { case $1 in SFT | TPO | STA-TPO*) echo "$IMITATION" ;; *) echo "$NAME" ;; esac; }
+# NAME, of imitation and of preference steps from 16 states IMITATION
+budget() { case $1-$STATES in SFT-* | TPO-16 | STA-TPO*-16) echo "$IMITATION" ;; *) echo "$NAME" ;; esac; }
 of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__$(budget "$1")"; }
 method() { case $(budget "$1") in paper) echo "$1" ;; *) echo "$1@$(budget "$1")" ;; esac; }
 run() { echo "$(date -u +%H:%M:%S) $*"; "$PYTHON" "$@"; }
@@ -34,8 +36,10 @@ train() {
 # tpo METHOD ARGS...: the first one samples the roll-outs, the others train on the same
 tpo() {
   mkdir -p "$(of "$1")"
-  [ -d "$(of "$1")/rollouts" ] || [ ! -d "$(of STA-TPO)/rollouts" ] || cp -r "$(of STA-TPO)/rollouts" "$(of STA-TPO)/source.txt" "$(of "$1")/"
-  train "$1" sta_tpo.py "$SFT" --num-initial-states 16 "${@:2}"
+  for OTHER in STA-TPO STA-TPO-sum; do
+    [ -d "$(of "$1")/rollouts" ] || [ ! -d "$(of $OTHER)/rollouts" ] || cp -r "$(of $OTHER)/rollouts" "$(of $OTHER)/source.txt" "$(of "$1")/"
+  done
+  train "$1" sta_tpo.py "$SFT" --num-initial-states "$STATES" "${@:2}"
 }
 ppo() { train "$1" sta_ppo.py "$2" --total-timesteps "$3" $PPO_FLAGS "${@:4}"; }
 left() { "$PYTHON" -c "import json; print($STEPS - json.load(open('$(of "$1")/checkpoint/args.json'))['env_steps'])"; }
@@ -63,7 +67,7 @@ for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 Pic
         PPO-dense) [[ $ENV_ID == *Scene-v1 ]] || ppo PPO-dense "$SFT" "$STEPS" --reward dense ;; # ManiSkill has none for SimplerEnv's tasks
         SFT-TPO-PPO) ppo SFT-TPO-PPO "$(of TPO)" "$(left TPO)" --reward sparse ;;
         IPI) ppo IPI "$(of STA-TPO)" "$(left STA-TPO)" ;;
-        IPI-sum5) ppo IPI-sum5 "$(of STA-TPO-sum5)" "$(left STA-TPO-sum5)" ;;
+        IPI-sum | IPI-sum5) ppo "$METHOD" "$(of "STA-TPO-${METHOD#IPI-}")" "$(left "STA-TPO-${METHOD#IPI-}")" ;;
         *) echo "unknown method $METHOD" >&2; exit 2 ;;
       esac
     done
