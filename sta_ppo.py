@@ -89,7 +89,7 @@ class Args:
     gamma: float = 0.97
     """discount: a step saved is worth (1 - gamma) V"""
     gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation; at 0.5 --reward sparse learned to stand still (docs/results.md), the stage reward did not"""
+    """lambda of generalised advantage estimation; at 0.5 --reward sparse learned to stand still on PlaceSphere-v1 (docs/results.md), the stage one did not"""
     num_minibatches: int = 4
     """optimiser steps per epoch; num_envs * num_steps must be a multiple of it"""
     update_epochs: int = 2
@@ -493,9 +493,11 @@ def main(args: Args) -> None:
         member = nn.functional.one_hot(next_info["stage"][n].cpu(), K + 1)[:, :K]  # (n, K), by the rules
         so_far["steps"][n] += member
         so_far["costs"][n] += member * (next_info["stage_distance"][n].cpu()[:, None] / lengths)
-        bins[t, n], logprobs[t, n], hidden = sample_action(model, policy_inputs({name: value[n] for name, value in next_obs.items()}), active)
+        bins[t, n], logprob, hidden = sample_action(model, policy_inputs({name: value[n] for name, value in next_obs.items()}), active)
         with torch.no_grad():
-            values[t, n] = value_head(hidden)
+            value = value_head(hidden)
+        assert logprob.shape == value.shape == phi[n].shape, "one per env: a slice would take one for all"
+        logprobs[t, n], values[t, n] = logprob, value  # logprobs: PPO's old ones
         return vla.detokenize_actions(bins[t, n], stats["action"], model.config.n_action_bins)
 
     progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step",
@@ -526,7 +528,7 @@ def main(args: Args) -> None:
             for here, now in ((next_obs, now_obs), (next_info, info)):
                 for name in here:
                     here[name][n] = now[name]
-            assert reward.shape == term.shape == trunc.shape == info["stage"].shape == values[t, n].shape, "one per env: a slice would take one for all"
+            assert {x.shape for x in (reward, term, trunc, info["stage"], info["potential"])} == {values[t, n].shape}, "one per env, as above"
             env_rewards[t, n], terminated[t, n], done[t, n] = reward.to(device), term.to(device), (term | trunc).to(device)
             stage[n], phi[n] = stage_of(now_obs, info)
             next_potentials[t, n] = phi[n]
@@ -558,7 +560,8 @@ def main(args: Args) -> None:
             rows = [row for share in shares for row in share]
         # Whole rounds of roll-outs: their rows stand in the order in which they ended, and the last ones of a round are its slow ones, the failures
         recent = (recent + rows)[-world * N * whole * -(-100 // (world * N * whole)) :]
-        # V of the true next state: the next row's value, the bootstrap after the last row; at an episode's end V of its final observation
+        # V of the true next state: the next row's value, after the last row (which cuts episodes, too) that of where the envs stand; at an episode's end,
+        # termination or truncation, that of its final observation, which compute_gae takes only for a truncation
         next_values = torch.where(done, final_values, torch.cat([values[1:], value_of(next_obs)[None]]))
         advantages, returns = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
         torch.set_num_threads(threads)

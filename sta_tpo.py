@@ -1,11 +1,12 @@
 """STA-TPO, step 2 of IPI: stage-wise preferences between roll-outs of the imitated policy that began in the same state.
 
     python sta_tpo.py --env-id PickCube-v1                    # from the newest sft.py run of this env, else the shipped checkpoint
-    python sta_tpo.py --env-id PickCube-v1 --no-stage-aware   # plain TPO: whole trajectories, the ablation
+    python sta_tpo.py --env-id PickCube-v1 --cost-sum --cost-coef 0.01   # each step costs; the paper's mean rewards lingering
+    python sta_tpo.py --env-id PickCube-v1 --no-stage-aware --max-pairs-per-stage 24   # plain TPO: whole trajectories, as many pairs in all
     python sta_tpo.py --env-id PickCube-v1 --export-pairs DIR # clips for a person to judge; --preferences DIR/pairs.jsonl trains on the verdicts
 
   q(tau_k)  = mean over the steps of segment k of [ log pi(a_t|s_t) - log pi_ref(a_t|s_t) ]
-  q^(tau_k) = q(tau_k) - lambda * l_k(tau_k)                      l_k: mean stage distance / L_k
+  q^(tau_k) = q(tau_k) - lambda * l_k(tau_k)                      l_k: mean (or sum of the) stage distance / L_k
   loss      = -mean over pairs of log sigmoid( beta * (q^(chosen) - q^(rejected)) )
 A pair exists for stage k only if both roll-outs finished stage k - 1; the winner finished stage k or, when both did, was cheaper by a margin.
 The reference is the checkpoint itself, as cached fp32 log-probabilities. Equations, choices, what differs from GRAPE: docs/sta_tpo.md.
@@ -70,7 +71,7 @@ class Args:
     """sampled roll-outs from each of them; pairs never mix initial states"""
 
     stage_aware: bool = True
-    """pairs and q per stage (STA-TPO); off: one pair per two trajectories, whole-trajectory q (plain TPO)"""
+    """pairs and q per stage (STA-TPO); off: pairs and q of whole trajectories (plain TPO)"""
     stage_source: Literal["rules", "learned"] = "rules"
     """rules read the simulator's state; learned: sft.py's separator, decoded by Viterbi; it knows no distances, so pairs are by completion alone"""
     export_pairs: str = ""
@@ -88,7 +89,7 @@ class Args:
     cost_margin: float = 0.1
     """when both roll-outs finished a stage, the cheaper one wins only by this margin (in units of L_k); 1e9: pairs by completion alone"""
     cost_sum: bool = False
-    """l_k is the sum of a segment's distances, in which each step costs, instead of the paper's mean, which lingering near the goal lowers"""
+    """l_k is the sum of a segment's distances, in which each step costs, not the paper's mean, which lingering lowers; take --cost-coef 0.01 with it"""
     max_pairs_per_stage: int = 6
     """at most this many pairs per initial state and stage, completions first, so that easy stages do not drown the others"""
 
@@ -410,8 +411,8 @@ def export_pairs(folder: Path, pairs: list[dict], rollouts: list[dict], names: l
 
 
 def read_preferences(path: Path, rollouts: list[dict], names: list[str], num_stages: int, stage_aware: bool) -> list[dict]:
-    """Pairs that a person has judged, as build_stage_pairs returns them (reason "human", no cost). A tie is a pair in either order: their gradients
-    cancel where q is the same. Raises UserError that names the line when one cannot be read, and when none is filled in."""
+    """Pairs that a person has judged, as build_stage_pairs returns them, without a cost (reason "human", or "tie": its loss is the mean of either order's,
+    least where q is the same). Raises UserError that names the line when one cannot be read, and when none is filled in."""
     index, pairs, filled = {name: i for i, name in enumerate(names)}, [], 0
     lines = [(n, line) for n, line in enumerate(path.read_text(errors="replace").splitlines(), 1) if line.strip()]
     for n, line in lines:
@@ -427,8 +428,10 @@ def read_preferences(path: Path, rollouts: list[dict], names: list[str], num_sta
         if verdict not in ("left", "right", "tie", None):
             raise UserError(f'{path} line {n}: "preferred" is {verdict!r}, not "left", "right", "tie" or null')
         filled += verdict is not None
-        for a, b in {"left": [(0, 1)], "right": [(1, 0)], "tie": [(0, 1), (1, 0)], None: []}[verdict]:
-            pairs.append({"stage": stage, "chosen": sides[a], "rejected": sides[b], "reason": "human", "cost_chosen": 0.0, "cost_rejected": 0.0})
+        if verdict:
+            chosen, rejected = sides if verdict != "right" else sides[::-1]
+            reason = "tie" if verdict == "tie" else "human"
+            pairs.append({"stage": stage, "chosen": chosen, "rejected": rejected, "reason": reason, "cost_chosen": 0.0, "cost_rejected": 0.0})
     if not pairs:
         raise UserError(f'{path} has no verdict yet: write "left", "right" or "tie" behind "preferred"')
     print(f"{filled} of {len(lines)} lines of {path} are filled in")
@@ -442,15 +445,20 @@ def tpo_symptoms(chosen_shift: float, margin: float) -> list[str]:
 
 
 def print_pairs(pairs: list[dict], rollouts: list[dict], stages: tuple[str, ...]) -> None:
-    """How many pairs each stage has and why; the gap of the entry distance shows how far the start states of later segments differ."""
+    """How many pairs each stage has and why; `slower wins`: in what share of those by cost the winner took more steps; the gap of the entry distance
+    shows how far the start states of later segments differ."""
     print(f"{len(rollouts)} roll-outs, {np.mean([r['success'] for r in rollouts]):.3f} successful, {sum(len(r['stage']) for r in rollouts)} env steps\n"
-          "stage           pairs   completed   cost   human   entry gap (L_k)")  # fmt: skip
+          "stage           pairs   completed   cost   slower wins   human   entry gap (L_k)")  # fmt: skip
     for k, name in enumerate(stages):
         mine = [pair for pair in pairs if pair["stage"] == k]
-        entry = lambda i, k=k: rollouts[i]["distance"][segment_rows(rollouts[i], k, len(stages), len(stages) > 1)[0]]  # noqa: E731
-        gaps = [float((entry(pair["chosen"]) - entry(pair["rejected"])).abs()) for pair in mine]
-        completed, cost, human = (sum(pair["reason"] == reason for pair in mine) for reason in ("completed", "cost", "human"))
-        print(f"{name:15s} {len(mine):5d} {completed:11d} {cost:6d} {human:7d} {np.mean(gaps) if gaps else 0:17.2f}")
+        segments = [[rollouts[pair[side]]["distance"][segment_rows(rollouts[pair[side]], k, len(stages), len(stages) > 1)] for side in ("chosen", "rejected")]
+                    for pair in mine]  # fmt: skip
+        slower = [len(a) > len(b) for pair, (a, b) in zip(mine, segments, strict=True) if pair["reason"] == "cost"]
+        completed, human = (sum(pair["reason"] in reasons for pair in mine) for reasons in (("completed",), ("human", "tie")))
+        print(f"{name:15s} {len(mine):5d} {completed:11d} {len(slower):6d} {f'{100 * np.mean(slower):.0f} %' if slower else '-':>13s} {human:7d} "
+              f"{np.mean([float((a[0] - b[0]).abs()) for a, b in segments] or 0):17.2f}")  # fmt: skip
+        if len(slower) >= 10 and np.mean(slower) > 0.5:
+            print(f"warning: in {name} most winners by cost are the slower roll-outs: who lingers wins; --cost-sum --cost-coef 0.01 lets each step cost")
 
 
 def main(args: Args) -> None:
@@ -467,15 +475,16 @@ def main(args: Args) -> None:
         raise UserError(f"{path} is not an empty folder: choose another --export-pairs")
     rank, world, device = join_processes(args.cuda)
     given, record, resume = args.vla or args.checkpoint, Path(args.output_dir) / "source.txt", args.resume and args.output_dir
-    recorded, origin = record.read_text().partition("\n")[::2] if resume and record.exists() else ("", "")
+    recorded, origin, env_id = [*record.read_text().split("\n"), args.env_id][:3] if resume and record.exists() else ("", "", args.env_id)
     state = load_state(Path(args.output_dir), "sta_tpo", rank) if resume else None
-    if recorded and given and Path(recorded).resolve() != load_policy(given, device)[2].resolve():
+    if recorded and given and Path(recorded).resolve() != vla.model_folder(given).resolve():
         raise UserError(f"the roll-outs in {args.output_dir} are those of {recorded}, not of {given}: choose another --output-dir")
+    begun = {"env_id": env_id, "lora_rank": args.lora_rank}
     if state:
-        begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
-        for name, flags in (("env_id", "--env-id"), ("lora_rank", "--lora-rank")):
-            if begun[name] != getattr(args, name):
-                raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
+        begun |= {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
+    for name, flags in (("env_id", "--env-id"), ("lora_rank", "--lora-rank")):
+        if begun[name] != getattr(args, name):
+            raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
     source = recorded or given or find_checkpoint(args.env_id, ("sft",))  # a resumed run keeps its roll-outs' policy
     model, processor, source = load_policy(source, device, origin)
     if not (learned := vla.load_separator(source, args.env_id, device) if args.stage_source == "learned" else (source, None)):
@@ -488,7 +497,7 @@ def main(args: Args) -> None:
     stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_tpo", rank, state["step"] if state else 0)
     if rank == 0:
-        (output / "source.tmp").write_text(f"{source}\n{vla.fingerprint(source)}")
+        (output / "source.tmp").write_text(f"{source}\n{vla.fingerprint(source)}\n{args.env_id}")
         (output / "source.tmp").replace(output / "source.txt")
 
     def policy_inputs(obs: dict, steps: torch.Tensor) -> dict:
@@ -505,7 +514,7 @@ def main(args: Args) -> None:
     stages, K = task.stages if args.stage_aware else ("trajectory",), len(task.stages)
     if separator is not None:  # STARE: the learned separator's segments; it knows no distances
         with torch.no_grad():
-            for rollout in tqdm(rollouts, desc="separator", unit="roll-out", disable=None):
+            for rollout in tqdm(rollouts, desc="separator", unit="roll-out", disable=rank > 0 or None):
                 hidden = sft_model(**policy_inputs(rollout, torch.arange(len(rollout["stage"]))), logits_to_keep=1).last_hidden_state[:, -1]
                 rollout["stage"] = decode_stages(separator(hidden.float())[:, :K].log_softmax(-1).cpu())
                 rollout["distance"] = torch.zeros(len(rollout["stage"]))
@@ -537,7 +546,7 @@ def main(args: Args) -> None:
         for name, values in flat.items():
             values.append(rollouts[i][name][rows])
     flat = {name: torch.cat(values) for name, values in flat.items()}
-    del rollouts
+    del rollouts, sft_model, separator
 
     def logprobs(steps: torch.Tensor) -> torch.Tensor:
         """Log-probability (B,) fp32 of the actions taken at these steps (B,)."""
@@ -554,8 +563,7 @@ def main(args: Args) -> None:
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)  # first, for the dtype; a new adapter changes nothing
     ref_logprobs = shared_logprobs(torch.arange(used), "reference")  # the policy before its first step
     if state and not args.lora_rank:
-        model, processor, _ = load_policy(str(output), device)
-        params = vla.prepare_training(model, 0, args.gradient_checkpointing)
+        model.load_state_dict(load_policy(str(output), torch.device("cpu"))[0].state_dict())
     model.train(args.gradient_checkpointing)
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     batch_size, step, warned = world * args.batch_size, 0, set()  # of all processes
@@ -584,6 +592,8 @@ def main(args: Args) -> None:
         q = torch.zeros(len(segments), dtype=torch.double).index_add(0, owner, share * logratio[place]).requires_grad_()  # (2P,)
         cost_chosen, cost_rejected = (torch.tensor([pair[f"cost_{side}"] for pair in mb_pairs]).double() for side in ("chosen", "rejected"))
         losses, chosen_rewards, rejected_rewards = sta_tpo_loss(*q.chunk(2), cost_chosen, cost_rejected, args.beta, -args.cost_sign * args.cost_coef)
+        tie = torch.tensor([pair["reason"] == "tie" for pair in mb_pairs])
+        losses = losses + 0.5 * tie * (chosen_rewards - rejected_rewards)  # the mean of either order's: -log sigmoid(-x) = x - log sigmoid(x)
         losses.mean().backward()
         # Pass 2, a chunk at a time: d loss / d theta = sum over steps of weight_t * d log pi(a_t|s_t) / d theta, exact because nothing
         # changed since pass 1 (no dropout, no optimiser step); a step's weight sums over all pairs that share it

@@ -101,7 +101,7 @@ def test_verdicts_become_pairs(exported, capsys):
     chosen = [(NAMES[pair["chosen"]], NAMES[pair["rejected"]], pair["stage"]) for pair in pairs]
     sides = [(row["left"], row["right"], row["stage"]) for row in rows[:3]]
     flipped = [(right, left, stage) for left, right, stage in sides]
-    assert chosen == [sides[0], flipped[1], sides[2], flipped[2]] and {pair["reason"] for pair in pairs} == {"human"}
+    assert chosen == [sides[0], flipped[1], sides[2]] and [pair["reason"] for pair in pairs] == ["human", "human", "tie"]
     assert f"3 of {len(rows)} lines" in capsys.readouterr().out
     assert all(pair["cost_chosen"] == pair["cost_rejected"] == 0 for pair in pairs)  # else a tie would train towards the costlier side
 
@@ -113,6 +113,31 @@ def test_training_follows_the_person_and_not_the_rules(exported, export, tpo):
     run = tpo("--resume", "--preferences", exported / "pairs.jsonl", "--num-epochs", 8, "--learning-rate", 1e-3, "--cost-coef", 0, output=export[0])
     curves = scalars(run)
     assert curves["rewards/margins"][0] == pytest.approx(0, abs=1e-5) and curves["rewards/margins"][-1] > 0.5 and curves["rewards/accuracies"][-1] > 0.9
+
+
+def test_a_tie_moves_nothing_where_both_are_as_likely(exported, export, tpo):
+    untied = min(scalars(tpo("--batch-size", 1, "--learning-rate", 1e-8, "--cost-coef", 0))["losses/grad_norm"])
+    fill(exported, ["tie"] * 99)
+    run = shutil.copytree(export[0], exported / "run", ignore=shutil.ignore_patterns("checkpoint*", "events*"))  # others train in it
+    tpo("--resume", "--preferences", exported / "pairs.jsonl", "--batch-size", 1, "--learning-rate", 1e-8, output=run)
+    curves = scalars(run)
+    assert len(curves["losses/tpo_loss"]) > 2 and curves["losses/tpo_loss"] == pytest.approx([math.log(2)] * len(curves["losses/tpo_loss"]), abs=1e-3)
+    assert max(curves["losses/grad_norm"]) < 0.01 * untied  # a pair in either order would move the policy wherever the two fall into different batches
+
+
+def test_the_loss_of_a_tie_is_the_mean_of_either_orders(exported, export, tpo):
+    lines = [json.dumps({**rows_of(exported)[0], "preferred": verdict}) for verdict in ("left", "tie")]
+    (exported / "pairs.jsonl").write_text("\n".join(lines))
+    run = shutil.copytree(export[0], exported / "run", ignore=shutil.ignore_patterns("checkpoint*", "events*"))  # others train in it
+    tpo("--resume", "--preferences", exported / "pairs.jsonl", "--num-epochs", 6, "--learning-rate", 1e-4, output=run)
+    curves = scalars(run)
+    won, lost = (np.logaddexp(0, sign * np.array(curves["rewards/margins"])) for sign in (-1, 1))
+    assert np.abs(curves["rewards/margins"]).max() > 0.3 and curves["losses/tpo_loss"] == pytest.approx((won + (won + lost) / 2) / 2, abs=1e-5)
+
+
+def test_roll_outs_of_another_task_are_refused(export, tpo):
+    with pytest.raises(UserError, match="begun with --env-id = PickCube-v1, not PushCube-v1"):
+        tpo("--resume", "--env-id", "PushCube-v1", output=export[0])
 
 
 @pytest.mark.parametrize(
@@ -248,7 +273,20 @@ def test_a_pair_of_two_initial_states_is_refused(tmp_path):
 
 
 def test_the_printed_table_counts_pairs_by_reason(capsys):
-    rollouts, pairs = invent_rollouts([11]), [{"stage": 1, "chosen": 2, "rejected": 3, "reason": reason} for reason in ("cost", "cost", "completed")]
+    rollouts, reasons = invent_rollouts([11]), ("cost", "cost", "completed", "tie")
+    pairs = [{"stage": 1, "chosen": 2, "rejected": 3, "reason": reason} for reason in reasons] + [{"stage": 1, "chosen": 3, "rejected": 2, "reason": "cost"}]
     sta_tpo.print_pairs(pairs, rollouts, TASK.stages)
     lines, gap = capsys.readouterr().out.splitlines(), abs(rollouts[2]["distance"][3] - rollouts[3]["distance"][4])
-    assert lines[0] == "4 roll-outs, 0.500 successful, 37 env steps" and lines[3].split() == ["grasp", "3", "1", "2", "0", f"{gap:.2f}"]
+    steps = [len(sta_tpo.segment_rows(rollouts[i], 1, K, True)) for i in (2, 3)]
+    assert steps[0] != steps[1] and lines[0] == "4 roll-outs, 0.500 successful, 37 env steps"
+    slower = "67" if steps[0] > steps[1] else "33"
+    assert lines[3].split() == ["grasp", "5", "1", "3", slower, "%", "1", f"{gap:.2f}"] and lines[2].split()[1:] == ["0", "0", "0", "-", "0", "0.00"]
+
+
+@pytest.mark.parametrize("slower", [5, 6])
+def test_who_lingers_and_wins_is_named(slower, capsys):
+    rollouts = invent_rollouts([11])
+    slow, quick = sorted((2, 3), key=lambda i: -len(sta_tpo.segment_rows(rollouts[i], 1, K, True)))
+    pairs = [{"stage": 1, "chosen": slow, "rejected": quick, "reason": "cost"}] * slower
+    sta_tpo.print_pairs(pairs + [{"stage": 1, "chosen": quick, "rejected": slow, "reason": "cost"}] * 5, rollouts, TASK.stages)
+    assert capsys.readouterr().out.count("warning: in grasp most winners by cost are the slower") == (slower > 5)
