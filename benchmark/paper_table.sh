@@ -22,7 +22,7 @@ STEPS=${STEPS:-9600} NAME=${NAME:-paper} IMITATION=${IMITATION:-${NAME:-paper}} 
 EPISODES=(--num-eval-episodes "${EPISODES:-200}" --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
 
 # NAME, of imitation and of preference steps from 16 states IMITATION
-budget() { case $1-$STATES in SFT-* | TPO-16 | STA-TPO*-16) echo "$IMITATION" ;; *) echo "$NAME" ;; esac; }
+budget() { case "$1 $STATES" in SFT\ * | TPO\ 16 | STA-TPO*\ 16) echo "$IMITATION" ;; *) echo "$NAME" ;; esac; }
 of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__$(budget "$1")"; }
 method() { case $(budget "$1") in paper) echo "$1" ;; *) echo "$1@$(budget "$1")" ;; esac; }
 run() { echo "$(date -u +%H:%M:%S) $*"; "$PYTHON" "$@"; }

@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -134,3 +135,12 @@ def test_a_row_counts_the_env_steps_of_the_policies_before_it_and_orders_its_epi
                 writer.add_scalar(tag, value, step)
     row = paper_table.row_of(tmp_path / "ppo")
     assert row["env_steps"] == 80 and row["successes"] == "01" and [point[:2] for point in row["curve"]] == [[10, 4.0], [20, 8.0]]
+
+
+@pytest.mark.parametrize(("states", "shared"), [(16, {"SFT", "TPO", "STA-TPO", "STA-TPO-sum"}), (64, {"SFT"})])
+def test_which_runs_a_budget_takes_from_its_imitations(states, shared):
+    line = next(line for line in (ROOT / "benchmark/paper_table.sh").read_text().splitlines() if line.startswith("budget()"))
+    methods = ["SFT", "TPO", "STA-TPO", "STA-TPO-sum", "SFT-TPO-PPO", "PPO", "STA-PPO", "IPI", "IPI-sum"]
+    script = f"STATES={states} NAME=own IMITATION=paper; {line}; for m in {' '.join(methods)}; do budget $m; done"
+    budgets = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert {method for method, budget in zip(methods, budgets, strict=True) if budget == "paper"} == shared
