@@ -439,8 +439,7 @@ def read_preferences(path: Path, rollouts: list[dict], names: list[str], num_sta
 
 
 def tpo_symptoms(chosen_shift: float, margin: float) -> list[str]:
-    """Lines that name what is wrong. chosen_shift: nats by which the winners' actions have become more likely than under the reference, margin: by which
-    more so than the losers'."""
+    """Lines that name what is wrong. chosen_shift: nats that the winners' actions have gained over the reference, margin: how many more than the losers'."""
     line = "logps/chosen falls while the margin grows: both sides are pushed down, the rejected one more; lower --learning-rate or raise --beta"
     return [line] * (chosen_shift < -1 and margin > 0)
 
@@ -622,7 +621,8 @@ def main(args: Args) -> None:
         scalars |= {f"stage/{k}_{name}_margin": margins[of_stage[k]].mean().item() for k, name in enumerate(stages) if of_stage[k].any()}
         for key, value in scalars.items() if rank == 0 else ():
             writer.add_scalar(key, value, step)
-        for line in set(tpo_symptoms(shift[: len(mb_pairs)].mean().item(), (shift[: len(mb_pairs)] - shift[len(mb_pairs) :]).mean().item())) - warned:
+        chosen_shift, rejected_shift = (half.mean().item() for half in shift.chunk(2))
+        for line in set(tpo_symptoms(chosen_shift, chosen_shift - rejected_shift)) - warned:
             print(f"warning: {line}")
             warned.add(line)
         progress.update()

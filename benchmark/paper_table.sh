@@ -66,8 +66,7 @@ for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 Pic
         PPO) ppo PPO "$SFT" "$STEPS" --reward sparse ;;
         PPO-dense) [[ $ENV_ID == *Scene-v1 ]] || ppo PPO-dense "$SFT" "$STEPS" --reward dense ;; # ManiSkill has none for SimplerEnv's tasks
         SFT-TPO-PPO) ppo SFT-TPO-PPO "$(of TPO)" "$(left TPO)" --reward sparse ;;
-        IPI) ppo IPI "$(of STA-TPO)" "$(left STA-TPO)" ;;
-        IPI-sum | IPI-sum5) ppo "$METHOD" "$(of "STA-TPO-${METHOD#IPI-}")" "$(left "STA-TPO-${METHOD#IPI-}")" ;;
+        IPI | IPI-sum | IPI-sum5) ppo "$METHOD" "$(of "STA-TPO${METHOD#IPI}")" "$(left "STA-TPO${METHOD#IPI}")" ;;
         *) echo "unknown method $METHOD" >&2; exit 2 ;;
       esac
     done
