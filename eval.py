@@ -179,7 +179,7 @@ def compare_separator(read: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """
     causal, viterbi, gaps, single = [], [], [], 0
     for stage, logprobs, over in read:
-        stage, logprobs = stage[~over], logprobs[~over]
+        stage, logprobs = stage[~over] % num_stages, logprobs[~over]  # an episode that begins in success begins in its first stage
         rules, decoded = segment_stages(stage, num_stages), decode_stages(logprobs)
         causal.append(logprobs.argmax(-1) == stage)
         viterbi.append(decoded == rules)
@@ -201,6 +201,7 @@ def evaluate(
     completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows of the same with their
     seed and what the task reports at success. instructions: words given to the policy, in turn; empty: the task's. video: where to write an mp4 of the
     first 16 episodes. separator: see compare_separator."""
+    (env_id,) = stare_utils.env_ids(env_id)  # SimplerEnv's names, too
     stats, device, was_training = task_stats(model, env_id), next(model.parameters()).device, model.training
     task, active = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"])
     num_episodes, texts, rows, films, read = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,), [], [], []
@@ -235,7 +236,7 @@ def evaluate(
             for here, new in ((obs, now_obs), (info, now)):
                 for name in here.keys() & new.keys():
                     here[name][n] = new[name]
-            for j in range(n.stop - n.start if video and len(films) < 16 else 0):
+            for j in range(min(n.stop, 16 - len(films)) - n.start if video else 0):
                 film[n.start + j].append(draw(last_obs["rgb"][j], names[now["stage"][j]], float(now["potential"][j]), bool(now["success"][j])))
         steps = torch.nn.functional.one_hot(stages, K + 1).sum(0)
         for i in range(min(N, num_episodes - len(rows))):
@@ -271,19 +272,22 @@ def result_table(results: list[dict]) -> str:
         raise UserError(f"these results are of different tasks: {', '.join(result['env_id'] for result in results)}")
     task = stare_utils.get_task(results[0]["env_id"])
     columns = " ".join(f"{name:>9s}" for name in task.stages)
-    lines = [f"{'method':10s} {'success_once [95 %]':>22s} {'at_end':>7s}   {columns}   difference to the row above [95 %]"]
-    for before, result in zip([None, *results], results, strict=False):
+    labels = [", ".join([result["method"], *[result.get("ood")] * (result.get("ood", "none") != "none"), *["other words"] * bool(result.get("instructions"))])
+              for result in results]  # fmt: skip
+    width = max(10, *map(len, labels))
+    lines = [f"{'method':{width}s} {'success_once [95 %]':>22s} {'at_end':>7s}   {columns}   difference to the row above [95 %]"]
+    for before, result, label in zip([None, *results], results, labels, strict=False):
         n = len(result["episodes"])
         low, high = wilson(result["success_once"] * n, n)
         funnel = [rate / last if last else math.nan for last, rate in zip([1, *result["stage_reach_rate"]], result["stage_reach_rate"], strict=False)]
-        line = f"{result['method']:10s} {100 * result['success_once']:6.1f} % [{100 * low:4.1f}, {100 * high:5.1f}] {100 * result['success_at_end']:5.1f} %   "
+        line = f"{label:{width}s} {100 * result['success_once']:6.1f} % [{100 * low:4.1f}, {100 * high:5.1f}] {100 * result['success_at_end']:5.1f} %   "
         line += " ".join(f"{100 * p:7.1f} %" for p in funnel)
         if before:
             line += "   {difference:+.3f} [{low:+.3f}, {high:+.3f}], {num_episodes} pairs".format(**paired_difference(before["episodes"], result["episodes"]))
         lines.append(line)
         for name in task.report:
             values = [row[name] for row in result["episodes"] if row["success_once"]]
-            lines.append(f"{'':10s} {name} at success: median {np.median(values or math.nan):.3f}, largest {np.max(values, initial=0):.3f}")
+            lines.append(f"{'':{width}s} {name} at success: median {np.median(values or math.nan):.3f}, largest {np.max(values, initial=0):.3f}")
     n = ", ".join(str(len(result["episodes"])) for result in results)
     lines.append(f"{task.instruction!r}: {n} greedy episodes; a stage's column is P(stage completed | stage before completed)")
     return "\n".join(lines)
@@ -293,8 +297,9 @@ def read_results(path: str) -> dict:
     """A results.json of this script. Raises UserError on anything else."""
     try:
         result = json.loads(Path(path).read_text())
-        _ = [(row["seed"], row["success_once"]) for row in result["episodes"]]  # what the comparison reads
-        return {name: result[name] for name in ("method", "env_id", "success_once", "success_at_end", "stage_reach_rate", "episodes")}
+        _ = [result[name] for name in ("method", "env_id", "success_once", "success_at_end", "stage_reach_rate")]  # what the comparison reads
+        _ = [(row["seed"], row["success_once"]) for row in result["episodes"]]
+        return result
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"cannot read {path}: --compare takes results.json files written by eval.py") from None
 
@@ -370,9 +375,9 @@ def main(args: Args) -> None:
         row = {"method": args.method or trained.get("method", ""), "env_id": env_id, "seed": trained.get("seed"), "num_episodes": len(result["episodes"]),
                "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1), "ood": args.ood,
                "instructions": texts[env_id], "commit": commit, "command": " ".join(["python", *sys.argv])}  # fmt: skip
-        write_text(output / f"{name}.json", json.dumps({**row, **result}))
         print(table := result_table([{**row, **result}]))
         write_summary(output, name, {**row, **result}, trained, table)
+        write_text(output / f"{name}.json", json.dumps({**row, **result}))  # last: who finds it finds all
         if separator is not None:
             print("learned separator against the rules: causal {causal_accuracy:.3f}, Viterbi {viterbi_accuracy:.3f} of {num_steps} steps right; boundaries "
                   "{boundary_error:.2f} steps off, {boundary_missed:.3f} of them missed or made up".format(**result["separator"]))  # fmt: skip

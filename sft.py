@@ -46,7 +46,7 @@ class Args:
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
     output_dir: str = ""
-    """run folder: checkpoint/, TensorBoard files, args.json; empty: runs/{env_id}__sft__{seed}__{time}"""
+    """run folder: checkpoint/, TensorBoard files, demonstrations; empty: runs/{env_id}__sft__{seed}__{time}"""
     resume: bool = False
     """go on from the checkpoint in --output-dir, if there is one"""
 
@@ -299,8 +299,8 @@ def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_
                     rgb, proprio, where = (np.concatenate([obs[name] for obs in seen]) for name in ("rgb", "proprio", "geometry"))
                 else:
                     raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
-                stage = group["stage"][:] if "stage" in group else np.full(len(where), -1)
-                stage[stage >= len(TASKS[env_id].stages)] = -1  # some episodes begin in success, which is no stage
+                stage = group["stage"][:].astype(np.int64) if "stage" in group else np.full(len(where), -1)
+                stage[(stage < 0) | (stage >= len(TASKS[env_id].stages))] = -1  # some episodes begin in success, which is no stage
                 T, numbers = len(actions), [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 8)]
                 if (T == 0 or rgb.shape != (T, image_size, image_size, 3) or rgb.dtype != np.uint8 or stage.shape != (T,)
                         or any(x.shape != (T, width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
@@ -315,9 +315,9 @@ def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_
 
 
 def action_stats(actions: torch.Tensor, env_id: str) -> dict:
-    """The `action` entry of `norm_stats`: the largest actions of the task's expert where the demonstrations move at all, else the constant, so
+    """The `action` entry of `norm_stats`: the largest actions of the task's expert, or the demonstrations', where these move at all, else the constant, so
     that reinforcement learning may leave the demonstrations' range; the percentiles of OpenVLA would clip it to what the expert did."""
-    low, high, limit = actions.amin(0), actions.amax(0), torch.tensor(TASKS[env_id].arm.limit)
+    low, high, limit = actions.amin(0), actions.amax(0), torch.maximum(torch.tensor(TASKS[env_id].arm.limit), actions.abs().amax(0))
     constant, middle = high - low < 1e-3 * limit, (low + high) / 2
     return {"q01": torch.where(constant, middle, -limit).tolist(), "q99": torch.where(constant, middle, limit).tolist(), "mask": [True] * len(low)}
 
@@ -330,12 +330,12 @@ def main(args: Args) -> None:
     if paths and len(paths) != len(env_ids):
         raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")
     rank, world, device = join_processes(args.cuda)
-    set_seed(args.seed % 2**32)
+    set_seed(args.seed)
     for env_id in env_ids:
         stare_utils.check_world(env_id, backend="cpu" if paths else args.backend)  # what can be wrong with the input is found before the run folder is made
     state = load_state(Path(args.output_dir), "sft", rank) if args.resume and args.output_dir else None
     begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())} if state else asdict(args)
-    if other := [name for name in ("env_id", "lora_rank", "vla") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base
+    if other := [name for name in ("env_id", "lora_rank", "vla", "seed") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base
         raise UserError(f"{args.output_dir} was begun with {other[0]} = {begun[other[0]]}, not {getattr(args, other[0])}: resume with the same")
     begin = args.output_dir if state and not args.lora_rank else args.vla  # LoRA goes on from the first policy and its adapter: a checkpoint is merged
     origin = state.get("origin", "") if state else vla.fingerprint(vla.model_folder(args.vla))
@@ -364,7 +364,7 @@ def main(args: Args) -> None:
     pooled = next((known[env_id]["proprio"] for env_id in known if model.config.proprio_dim and "proprio" in known[env_id]), pooled)
     stats = [known.get(env_id) or {"action": action_stats(part[2], env_id), "proprio": pooled} for env_id, part in zip(env_ids, demos, strict=True)]
     model.config.norm_stats = {**known, **dict(zip(env_ids, stats, strict=True))}
-    bins = torch.cat([vla.tokenize_actions(part[2], s["action"]) for part, s in zip(demos, stats, strict=True)])
+    bins = torch.cat([vla.tokenize_actions(part[2], s["action"], model.config.n_action_bins) for part, s in zip(demos, stats, strict=True)])
     actives = torch.stack([~vla.constant_dims(s["action"]) for s in stats])  # (tasks, A)
     labelled = [bool((part[4] >= 0).any()) for part in demos]
     del demos
@@ -417,7 +417,7 @@ def main(args: Args) -> None:
         history.append(torch.cat([row, grad_norm[None]]))
         progress.update()
         if step % 50 == 0 or step == args.num_updates:
-            seconds, time_update = (time.time() - time_update) / len(history), time.time()
+            seconds, time_update = (time.time() - time_update) / min(len(history), step - (state["step"] if state else 0)), time.time()
             means, history = torch.stack(history).mean(0).tolist(), []  # since the last line
             names = ("losses/ce", "losses/aux", "losses/token_accuracy", "losses/action_l1", "losses/stage_accuracy", "losses/grad_norm")
             scalars = dict(zip(names, means, strict=True))

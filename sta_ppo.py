@@ -321,11 +321,11 @@ def compute_gae(
     return advantages, advantages + values
 
 
-def ppo_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) (Schulman et al. 2017, eq. 7) and the ratio. Both (B,): one ratio per action."""
+def ppo_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float) -> torch.Tensor:
+    """-mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) (Schulman et al. 2017, eq. 7). Both (B,): one ratio per action."""
     assert logratio.shape == advantages.shape and logratio.ndim == 1, "shapes differ: this would broadcast"
     ratio = logratio.exp()
-    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean(), ratio
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
 
 
 def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
@@ -335,9 +335,9 @@ def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
     return 0.5 * (logprob - ref_logprob).square().mean()
 
 
-def ppo_symptoms(first: dict, now: dict, gap: float = 0.05) -> list[str]:
-    """Lines that name what is wrong, from the logged scalars of the run's first complete round of episodes and of the present update. gap: by how many
-    nats rounding alone may part the log-probabilities of an action."""
+def ppo_symptoms(first: dict, now: dict, weight: float, gap: float = 0.05) -> list[str]:
+    """Lines that name what is wrong, from the logged scalars of the run's first complete round of episodes and of the present update. weight: of the
+    stage reward. gap: by how many nats rounding alone may part the log-probabilities of an action."""
     lines = []
     if abs(now["losses/first_ratio"] - 1) > gap / 5 or now["losses/rollout_update_logprob_gap"] > gap:
         lines.append("the ratio on the first minibatch is not 1: roll-out and update compute different log-probabilities (mode, dropout, padding or dtype)")
@@ -345,7 +345,7 @@ def ppo_symptoms(first: dict, now: dict, gap: float = 0.05) -> list[str]:
         lines.append("the entropy has collapsed to less than a third: nothing new is tried any more; lower --learning-rate or add --kl-coef")
     if "charts/success_once" in first:
         success, shaped = (now[key] - first[key] for key in ("charts/success_once", "charts/shaped_return"))
-        if success < -0.2 and shaped > 0.02:
+        if success < -0.2 and shaped > 0.02 and weight:
             lines.append("the shaped return rises while success falls: the policy collects the stage reward instead of the task; lower --shaping-weight")
         elif success < -0.2:
             lines.append("sampled success falls: the steps are larger than the gradient of such a batch is good for; lower --learning-rate or raise --num-envs")
@@ -409,7 +409,7 @@ def main(args: Args) -> None:
     begin = args.output_dir if state and not args.lora_rank else source
     model, processor, folder = load_policy(begin, device, origin if begin == source else "")
     stats = task_stats(model, args.env_id, args.unnorm_key)
-    set_seed(args.seed % 2**32)
+    set_seed(args.seed)
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
     if not (learned := vla.load_separator(folder, args.env_id, device) if args.stage_source == "learned" else (None, None)):
         raise UserError(f"no learned separator of {args.env_id} behind this policy: sft.py trains one on demonstrations that it makes itself")
@@ -512,6 +512,7 @@ def main(args: Args) -> None:
             counts = torch.full((N,), whole if iteration % fresh == 0 else 0)
             for sums in so_far.values():
                 sums.zero_()
+            rows = []  # of the episodes that end before the next fresh start
         next_obs = {name: value.clone() for name, value in next_obs.items()}  # from here on written in place, half by half
         next_info = {name: next_info[name].clone() for name in ("stage", "stage_distance", "potential", "elapsed_steps")}
         stage, phi = (x.clone() for x in stage_of(next_obs, next_info))
@@ -522,7 +523,6 @@ def main(args: Args) -> None:
 
         # Roll-out, in one torch thread: the env processes are the parallelism
         torch.set_num_threads(1)
-        rows = []  # of the episodes that end in it
         for t, n, now_obs, reward, term, trunc, info in envs.play(act, T):
             discount = args.gamma ** next_info["elapsed_steps"][n].cpu()  # by the episode's age, before it is written over
             for here, now in ((next_obs, now_obs), (next_info, info)):
@@ -555,11 +555,11 @@ def main(args: Args) -> None:
                 counts[i] -= 1
                 for sums in so_far.values():
                     sums[i] = 0
-        if world > 1:
-            dist.all_gather_object(shares := [None] * world, rows)
-            rows = [row for share in shares for row in share]
-        # Whole rounds of roll-outs: their rows stand in the order in which they ended, and the last ones of a round are its slow ones, the failures
-        recent = (recent + rows)[-world * N * whole * -(-100 // (world * N * whole)) :]
+        if (iteration + 1) % fresh == 0:  # whole rounds alone: the first rows of a round are its quick episodes, the last ones its failures
+            if world > 1:
+                dist.all_gather_object(shares := [None] * world, rows)
+                rows = [row for share in shares for row in share]
+            recent = (recent + rows)[-world * N * whole * -(-100 // (world * N * whole)) :]
         # V of the true next state: the next row's value, after the last row (which cuts episodes, too) that of where the envs stand; at an episode's end,
         # termination or truncation, that of its final observation, which compute_gae takes only for a truncation
         next_values = torch.where(done, final_values, torch.cat([values[1:], value_of(next_obs)[None]]))
@@ -597,7 +597,7 @@ def main(args: Args) -> None:
 
                     # Policy loss
                     logratio = newlogprob - b_logprobs[chunk_idx]
-                    pg_loss = ppo_loss(logratio, b_advantages[chunk_idx], args.clip_coef)[0]
+                    pg_loss = ppo_loss(logratio, b_advantages[chunk_idx], args.clip_coef)
                     # Value loss
                     v_loss = 0.5 * (newvalue - b_returns[chunk_idx]).square().mean()
                     # KL to the start
@@ -638,7 +638,7 @@ def main(args: Args) -> None:
         now = time.time()
         scalars |= {
             "losses/first_ratio": history[0]["ratio"].item(), "losses/rollout_update_logprob_gap": history[0]["largest_logratio"].item(),
-            "losses/explained_variance": 1 - ((all_returns - all_values).var() / all_returns.var().clamp(min=1e-8)).item(),
+            "losses/explained_variance": 1 - ((all_returns - all_values).var().clamp(min=1e-8) / all_returns.var().clamp(min=1e-8)).item(),
             "losses/advantage_std": all_advantages.std().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / (now - time_rollout),
             "time/rollout": time_update - time_rollout, "time/update": now - time_update, "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
@@ -647,7 +647,7 @@ def main(args: Args) -> None:
             known = [row[key] for row in recent if not math.isnan(row[key])]
             scalars |= {key: float(np.mean(known))} if known else {}
         first = first or (scalars if iteration % fresh == 0 and iteration - begun_at >= fresh else {})  # the first complete round of episodes
-        for line in set(ppo_symptoms(first or scalars, scalars, 0.5 if model.dtype == torch.bfloat16 else 0.05)) - warned:
+        for line in set(ppo_symptoms(first or scalars, scalars, weight, 0.5 if model.dtype == torch.bfloat16 else 0.05)) - warned:
             print(f"warning: {line}")
             warned.add(line)
         progress.update(args.batch_size)

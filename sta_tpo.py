@@ -493,7 +493,6 @@ def main(args: Args) -> None:
     sft_model = model if sft_folder == source else load_policy(sft_folder, device)[0]
     stats = task_stats(model, args.env_id, args.unnorm_key)
     active = ~vla.constant_dims(stats["action"])
-    set_seed(args.seed % 2**32)
     stare_utils.check_world(args.env_id)
     output, writer = open_run(args, "sta_tpo", rank, state["step"] if state else 0)
     if rank == 0:
@@ -560,6 +559,7 @@ def main(args: Args) -> None:
         sum_over_processes([out])
         return out.cpu()
 
+    set_seed(args.seed)  # a new adapter is the same in all processes
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)  # first, for the dtype; a new adapter changes nothing
     ref_logprobs = shared_logprobs(torch.arange(used), "reference")  # the policy before its first step
     if state and not args.lora_rank:

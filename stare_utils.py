@@ -52,7 +52,6 @@ OOD_SHIFT, OOD_CAMERA = 0.05, 0.05  # m: how far `--ood position` and `--ood cam
 STOCK_SHADERS = sapien.render.set_camera_shader_dir  # what ManiSkill calls for each camera
 TRAIN_JITTER = 0.02  # m: how far from SimplerEnv's grid, which evaluation plays, training puts objects along x and y
 
-
 class UserError(Exception):
     """A mistake that a user can make. Scripts print its one line and exit with code 2."""
 
@@ -69,8 +68,8 @@ class Stop:
 
     @classmethod
     def hold(cls, more: bool) -> bool:
-        """The condition of a training loop: while `more`, signals wait for `asked`. Raises KeyboardInterrupt once that has been true."""
-        if cls.leaving:
+        """The condition of a training loop: while `more`, signals wait for `asked`. Raises KeyboardInterrupt once that has been true, or one waits in vain."""
+        if cls.leaving or (cls.signals and not more):
             raise KeyboardInterrupt
         cls.held = more
         return more
@@ -93,33 +92,36 @@ def one_line_errors():
     try:
         return (yield)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it here
         for process in multiprocessing.active_children():
             process.kill()  # an env process would be asked to end, and waited for
         code = 128 + (Stop.signals or [signal.SIGTERM])[-1]  # another process of the job has had it
         line = "stopped; " + "the last update is saved, " * Stop.leaving + "training goes on with --resume and its --output-dir"
-    except (UserError, OSError, RuntimeError, SafetensorError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
         code, line = 2, next(iter(str(error).splitlines()), "")
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in line:
-            line = "out of memory: lower --num-envs; where it trains --chunk-size and --batch-size too, or add --gradient-checkpointing or --lora-rank 32"
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in line or "out of memory" in line:
+            line = "out of memory: lower --num-envs; where it trains --chunk-size too, or add --gradient-checkpointing or --lora-rank 32"
         elif "invalid device ordinal" in line:
             line = f"more processes than GPUs on this node: give torchrun --nproc-per-node {torch.cuda.device_count()}"
         elif torch.distributed.is_initialized() and ("gloo" in line or isinstance(error, torch.distributed.DistError)):
             line = "another process of this job died, its own lines say why: give the command again, with --resume and the job's --output-dir"
-        elif isinstance(error, SafetensorError):  # of writing: who reads catches it
+        elif isinstance(error, (SafetensorError, shutil.Error)):  # of writing: who reads catches it
             line = f"cannot use the disk: {line}"
-        elif isinstance(error, OSError) and (error.filename or error.errno in (28, 122)):  # full, quota
-            line = f"cannot use {error.filename or 'the disk'}: {next(iter(error.strerror.splitlines()))}"
+        elif isinstance(error, OSError) and (error.filename or error.errno in (24, 28, 122)):  # files open, full, quota
+            line = f"cannot use {error.filename or 'the disk'}: {next(iter(error.strerror.splitlines()))}" + ", lower --num-envs" * (error.errno == 24)
         elif not isinstance(error, UserError):
             raise
     print(f"error: {line}" if code == 2 else line, file=sys.stderr)
     sys.exit(code)
 
 def check_args(given: dict, least: dict[str, float]) -> None:
-    """Raises UserError where a number of the command line is not finite or below its least (by its argument's name, else 0), and where --track or
-    --backend ask for what is not here."""
+    """Raises UserError where a number of the command line is not finite, below its least (by its argument's name, else 0) or too large a seed, and
+    where --track or --backend ask for what is not here."""
     for name, value in given.items():
         if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= least.get(name, 0)):
             raise UserError(f"--{name.replace('_', '-')} must be a finite number, at least {least.get(name, 0)}, not {value}")
+    if given["seed"] >= 2**32:  # random generators take no larger ones
+        raise UserError(f"--seed must be below {2**32}, not {given['seed']}")
     if given.get("track") and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs wandb: `pip install wandb`, or leave it out")
     if given.get("backend") == "cuda" and not torch.cuda.is_available():
@@ -222,8 +224,7 @@ def observe_arm(env, arm: Arm, pose, goal: Tensor, grasped: Tensor, width: float
         "tool": tool.pose.p, "quaternion": tool.pose.q, "command": command.p, "speed": norm(tool.linear_velocity), "opening": opening,
         "object": pose.p, "goal": goal, "grip": grip, "grasped": grasped, "width": 0 * opening + width, "wait": 0 * opening,
         "to_grip": norm(tool.pose.p - grip), "to_goal": norm(offset), "beside_goal": norm(flat(offset)), "above_goal": offset[:, 2],
-        "yaw_error": wrap(heading(axis(pose.q, 0)) + torch.pi / 2 - heading(axis(command.q, 1)), period),
-    }  # fmt: skip
+        "yaw_error": wrap(heading(axis(pose.q, 0)) + torch.pi / 2 - heading(axis(command.q, 1)), period)}  # fmt: skip
 
 def geometry(s: State) -> Tensor:
     """(N, 8): tool to object, tool to goal (m); cosine and sine, x 0.1, of twice the turn that the tool lacks. For sft.py's auxiliary loss alone."""
@@ -389,7 +390,7 @@ TASKS: dict[str, Task] = {
                   lambda s: s["tool"] + s["onward"], gripper(-1.0), lambda s: 2 * s["peg_turn"]),
         ), observe_peg_insertion, 100, around(0.0, 0.08, 0.36, -1), True, movable=lambda env: [env.peg, env.box]),
     "PutCarrotOnPlateInScene-v1": bridge(
-        "put carrot on plate", ("place the carrot on the plate", "move the carrot onto the dish", "carrot to plate"), 0.05, 0.04, 0.032),
+        "put carrot on plate", ("place the carrot on the plate", "move the carrot onto the dish", "carrot to plate"), 0.05, 0.085, 0.094),
     "PutSpoonOnTableClothInScene-v1": bridge(
         "put the spoon on the towel", ("place the spoon onto the cloth", "lay the spoon on the blue towel", "spoon to towel"), 0.05, 0.08, 0.09),
     "StackGreenCubeOnYellowCubeBakedTexInScene-v1": bridge(
@@ -401,8 +402,7 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 ALIASES = {  # SimplerEnv's own names
     "widowx_carrot_on_plate": "PutCarrotOnPlateInScene-v1", "widowx_spoon_on_towel": "PutSpoonOnTableClothInScene-v1",
-    "widowx_stack_cube": "StackGreenCubeOnYellowCubeBakedTexInScene-v1", "widowx_put_eggplant_in_basket": "PutEggplantInBasketScene-v1",
-}  # fmt: skip
+    "widowx_stack_cube": "StackGreenCubeOnYellowCubeBakedTexInScene-v1", "widowx_put_eggplant_in_basket": "PutEggplantInBasketScene-v1"}  # fmt: skip
 
 def env_ids(text: str) -> list[str]:
     """The env ids in a comma-separated list, SimplerEnv's names as ManiSkill's. Raises UserError on one without an entry, with the nearest names."""
@@ -417,7 +417,6 @@ def env_ids(text: str) -> list[str]:
 def get_task(env_id: str) -> Task:
     """The entry of one env id or SimplerEnv name; UserError: see env_ids."""
     return TASKS[env_ids(env_id)[0]]
-
 
 # ------------------------------------------------- Stages: separator and calculator -------------------------------------------------
 def stage_potential(distance: Tensor, length: Tensor, form: str = "sigmoid") -> Tensor:
@@ -471,7 +470,6 @@ def shape_rewards(rewards: Tensor, potentials: Tensor, next_potentials: Tensor, 
     assert rewards.shape == potentials.shape == next_potentials.shape == terminated.shape, "shapes differ: this would broadcast"
     return rewards + weight * (gamma * torch.where(terminated, 0.0, next_potentials) - potentials)
 
-
 # ------------------------------------------------------------ Environments ------------------------------------------------------------
 def light_assets() -> Path:
     """Folder, made once in the user's cache, that spares a software renderer what nobody sees. Panda URDFs whose visual meshes have 5 % of the triangles
@@ -480,9 +478,11 @@ def light_assets() -> Path:
     import trimesh
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stare-vla" / f"light-{mani_skill.__version__}-{sapien.__version__}"
-    if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=cache.parent)) / "panda"
+    if cache.exists():
+        return cache
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as new:
+        folder = Path(new) / "panda"
         shutil.copytree(Path(mani_skill.PACKAGE_ASSET_DIR) / "robots/panda", folder)
         for file in (folder / "franka_description/meshes/visual").glob("*.glb"):
             scene = trimesh.load_scene(file, process=False)
@@ -500,7 +500,6 @@ def light_assets() -> Path:
             shader.write_text(re.sub(r"texture\(samplerBRDFLUT.*\.xy", "vec2(0)", text))
         with contextlib.suppress(OSError):  # another process was faster
             folder.rename(cache)
-        shutil.rmtree(folder.parent)
     return cache
 
 def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool, image_size: int) -> type:
@@ -524,6 +523,7 @@ def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool, image_s
             env.xyz_configs = grid.clone()
             moving = len(task.movable(env)) if "episode_id" not in options else 0
             env.xyz_configs[:, :moving] += TRAIN_JITTER * flat(2 * torch.rand_like(grid[:, :moving]) - 1)
+            env.agent.robot.set_pose(sapien.Pose([0, 0, 5]))  # stock moves the arm back only when the objects have settled, some in its fingers
         stock._initialize_episode(env, env_idx, options)
         if task.grid:
             env.xyz_configs = grid
@@ -569,10 +569,11 @@ class StageEnv:
         self.task, self.num_envs, self.backend, self.dense, self.render = TASKS[env_id], num_envs, backend, reward == "dense", render
         self.potential, self.across, self.image_size, self.terminate_on_success = potential, potential_across_stages, image_size, terminate_on_success
         mani_skill.logger.setLevel(logging.ERROR)  # it warns of ManiSkill's own assets
-        if backend == "cpu" and not full_meshes:
-            light = light_assets()
-            Panda.urdf_path, PandaWristCam.urdf_path = (str(light / name) for name in ("panda_v2.urdf", "panda_v3.urdf"))
-            sapien.render.set_camera_shader_dir = lambda name: STOCK_SHADERS(str(light / "shaders" / name))
+        light = light_assets() if backend == "cpu" and not full_meshes else None
+        folder = light or Path(mani_skill.PACKAGE_ASSET_DIR) / "robots/panda"
+        Panda.urdf_path, PandaWristCam.urdf_path = (str(folder / name) for name in ("panda_v2.urdf", "panda_v3.urdf"))
+        sapien.render.set_camera_shader_dir = lambda name: STOCK_SHADERS(str(light / "shaders" / name) if light else name)
+        gym.logger.min_level = gym.logger.ERROR  # it warns of processes that are at work when a script is stopped
         half = {"width": 320, "height": 240, "intrinsic": np.array([[311.794, 0, 159.75], [0, 311.794, 119.77], [0, 0, 1]])}  # of 640 x 480 pixels
         small = self.task.grid and backend == "cpu" and not full_meshes and image_size <= IMAGE_SIZE
         PandaWristCam._sensor_configs = []  # no policy here sees through it
@@ -595,8 +596,7 @@ class StageEnv:
         """Starts episodes in all envs, or in `env_idx` alone. Without a seed the next one of each env's own sequence is used."""
         seed = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
         index = torch.arange(self.num_envs, device=self.base.device) if env_idx is None else env_idx
-        explicit = seed is not None
-        seed = seed if explicit else [self.next_seed[i] for i in index.tolist()]
+        explicit, seed = seed is not None, seed or [self.next_seed[i] for i in index.tolist()]
         # PhysX keeps contacts that no reset clears; rebuilding the scene makes an explicitly seeded episode a function of its seed alone
         options = {"reconfigure": explicit and self.backend == "cpu"} if len(index) == self.num_envs else {"env_idx": index}
         if self.task.grid and min(seed) >= EVAL_SEED:  # SimplerEnv's configurations in turn
@@ -760,7 +760,7 @@ class StageVectorEnv:
 
     def close(self) -> None:
         for part in self.parts:
-            part.close()
+            part.close(terminate=True)
 
     def all(self, name: str, inputs: Callable[[slice], tuple]) -> list:
         """Calls a method of all processes at once; what each half returns."""
@@ -779,7 +779,8 @@ class StageVectorEnv:
                     process.kill()
             if not isinstance(error, (EOFError, ConnectionError)):
                 raise
-            raise UserError("an env process died (memory full, or killed): lower --num-envs; training goes on with --resume and its --output-dir") from None
+            raise UserError("an env process died (memory full, or killed): lower --num-envs (and raise sta_ppo.py's --num-steps by as much); training goes on "
+                            "with --resume and its --output-dir") from None
 
     @classmethod
     def result(cls, found: tuple) -> tuple:
@@ -792,9 +793,8 @@ class StageVectorEnv:
 
     @classmethod
     def tensors(cls, batch: dict) -> dict:
-        """gymnasium reuses its arrays, so they are copied; keys that begin with _ are its masks."""
-        return {name.replace("ended", "final"): cls.tensors(x) if isinstance(x, dict) else torch.from_numpy(np.array(x))
-                for name, x in batch.items() if name[0] != "_"}  # fmt: skip
+        """Keys that begin with _ are gymnasium's masks."""
+        return {name.replace("ended", "final"): cls.tensors(x) if isinstance(x, dict) else torch.from_numpy(x) for name, x in batch.items() if name[0] != "_"}
 
     def join(self, halves: list) -> tuple | dict | Tensor:
         """Tuples, dicts and tensors of the halves as those of all envs. What one half has not, `final_obs` of no ended episode, is zeros."""
@@ -815,12 +815,12 @@ def check_world(env_id: str, full_meshes: bool = False, render: bool = True, bac
         raise UserError(f"{env_id} has no dense reward in ManiSkill: use --reward stare or sparse")
     if grid and backend == "cuda":
         raise UserError(f"{env_id} trains with --backend cpu: on the GPU ManiSkill ends its episodes together, so success could not end one")
-    if not render:
-        return
     if grid and not ((data / "tasks/bridge_v2_real2sim_dataset").is_dir() and (data / "robots/widowx").is_dir()):
         download = "python -m mani_skill.utils.download_asset"
         raise UserError(f"{env_id} needs assets that are not in {data}: run `{download} bridge_v2_real2sim -y && {download} widowx250s -y`,"
                         " or set MS_ASSET_DIR to the folder whose data/ holds them")  # fmt: skip
+    if not render:
+        return
     if not torch.cuda.is_available():
         for driver in Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"):  # the software driver, where several are installed
             os.environ.setdefault("VK_ICD_FILENAMES", str(driver))

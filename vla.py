@@ -101,7 +101,7 @@ def signed_gripper(stats: dict) -> dict:
     action = stats["action"]
     mask = action.get("mask", [True] * len(action["q01"]))
     rows = [(low, high, True) if scaled else (-3.0, 1.0, True) for low, high, scaled in zip(action["q01"], action["q99"], mask)]
-    return {"action": {**dict(zip(("q01", "q99", "mask"), map(list, zip(*rows)))), "binary": [not scaled for scaled in mask]}}
+    return {"action": {**dict(zip(("q01", "q99", "mask"), map(list, zip(*rows)))), "binary": action.get("binary", [not scaled for scaled in mask])}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             middle = torch.cat(middle, 1)
             embeds = torch.cat([embeds[:, :1], middle, embeds[:, 1:]], 1)
             mask = torch.cat([mask[:, :1], mask.new_ones(middle.shape[:2]), mask[:, 1:]], 1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        positions = (mask.cumsum(-1) - 1)[:, -embeds.shape[1] :]
         hidden = self.language_model.model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=past_key_values, use_cache=use_cache
         )
@@ -357,7 +357,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         for name, module in self.named_modules():
             if isinstance(module, LoraLayer):
                 weight = state[f"{name}.weight"]  # of bfloat16 the sum is rounded once
-                state[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
+                state[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default")).to(weight.dtype).cpu()  # a GPU has no room for a second model
         super().save_pretrained(folder, state_dict=state, **kwargs)
 
     def num_prefix(self) -> int:
@@ -365,9 +365,9 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         patches = self.vision_backbone.pos_embed if self.config.vision_widths else self.vision_backbone.featurizer.pos_embed
         return patches.shape[1] + bool(self.config.proprio_dim)
 
-    def text_room(self, action_dims: int = 7) -> int:
-        """How many tokens an instruction may have: the context without `<s>`, the inserted positions and the action tokens."""
-        return self.config.text_config.max_position_embeddings - 1 - self.num_prefix() - action_dims
+    def text_room(self) -> int:
+        """How many tokens an instruction may have: the context without `<s>`, the inserted positions and the seven action tokens."""
+        return self.config.text_config.max_position_embeddings - 1 - self.num_prefix() - 7
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -497,7 +497,7 @@ def tiny_processor(texts: list[str], vocab_size: int = 512, image_size: int = 12
 
 
 def model_folder(name: str) -> Path:
-    """The folder that holds a model: a folder, the checkpoint/ in a run's folder, or, where there is no folder of that name, the hub's model `owner/name`,
+    """The folder that holds a model: a folder, the checkpoint/ in a run's folder, or, where no folder `owner` is here, the hub's model `owner/name`,
     downloaded once. What the hub does not have, or is out of reach, stays a folder that does not exist."""
     folder = Path(name)
     if not folder.parent.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name):

@@ -1,9 +1,12 @@
 """Actions <-> tokens: OpenVLA's binning."""
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sft
+import stare_utils
 import vla
 
 N_BINS = 256
@@ -95,3 +98,13 @@ def test_blurred_bins_are_the_label_and_its_neighbours_and_no_end_is_favoured():
     far = vla.blur_bins(labels[None], 1e4, N_BINS, torch.Generator().manual_seed(1))
     assert ((far >= 0) & (far < N_BINS)).all()
     assert torch.equal(vla.blur_bins(labels[None], 0.0, N_BINS, torch.Generator()), labels[None])
+
+
+def test_demonstrations_that_move_further_than_the_expert_are_not_clipped():
+    """SimplerEnv's controller takes metres; the expert's steps end at 5 cm."""
+    actions = 0.01 * torch.randn(16, 7, generator=torch.Generator().manual_seed(0))
+    actions[0, 0], actions[1, 1] = 0.1, -0.2
+    stats = sft.action_stats(actions, "PutCarrotOnPlateInScene-v1")
+    assert stats["q99"] == pytest.approx([0.1, 0.2, *stare_utils.TASKS["PutCarrotOnPlateInScene-v1"].arm.limit[2:]])
+    decoded = vla.detokenize_actions(vla.tokenize_actions(actions, stats), stats)
+    assert torch.allclose(decoded[:2, :2], actions[:2, :2], atol=1e-3)

@@ -171,6 +171,20 @@ def test_light_shaders_draw_the_same_pixels(env_id, monkeypatch):
     assert torch.equal(*frames) and frames[0].float().std() > 10
 
 
+@pytest.mark.parametrize("env_id", [needs_assets("PutCarrotOnPlateInScene-v1")])
+def test_objects_do_not_settle_in_the_fingers_of_the_last_episode_s_arm(env_id):
+    """Seed 2000's carrot would lie 4 cm from where it belongs."""
+    env = stare_utils.StageEnv(env_id, 1, "cpu", 1000, render=False)
+    env.reset()
+    env.set_next_seeds([2000])
+    done = torch.zeros(1, dtype=torch.bool)
+    while not done:
+        *_, terminated, truncated, infos = env.step(env.expert_action(torch.zeros(1, dtype=torch.long)))
+        done = terminated | truncated
+    _, fresh = env.reset([2000])
+    assert terminated and infos["seed"] == 2000 and torch.allclose(infos["geometry"], fresh["geometry"], atol=1e-4)
+
+
 @pytest.mark.parametrize("env_id", [needs_assets("PutCarrotOnPlateInScene-v1"), needs_assets("PutEggplantInBasketScene-v1", slow=True)])
 def test_a_quarter_of_simplerenvs_pixels_shows_a_small_policy_the_same(env_id):
     frames, sizes = [], []
@@ -255,9 +269,9 @@ def test_failed_episodes_and_those_beyond_the_number_are_not_read(tmp_path):
     meta["episodes"][0]["success"] = False
     path.with_suffix(".json").write_text(json.dumps(meta))
     with h5py.File(path, "a") as file:
-        file["traj_1/stage"] = np.array([0, 1, 2, 3, 4, 4])
+        file["traj_1/stage"] = np.array([0, 1, 2, 3, 4, -2], np.int32)
     rgb, *_, stage = sft.read_demos(path, "PickCube-v1", 1)
-    assert len(rgb) == 6 and stage.tolist() == [0, 1, 2, 3, -1, -1]  # success is no stage
+    assert len(rgb) == 6 and stage.tolist() == [0, 1, 2, 3, -1, -1] and stage.dtype == torch.int64  # success is no stage
 
 
 def test_demonstrations_slower_than_the_task_are_named(tmp_path, capsys):
@@ -283,10 +297,11 @@ def evaluate(endless, monkeypatch):
     return evaluation.evaluate
 
 
-def test_evaluating_twice_gives_identical_rows(evaluate):
+def test_evaluating_twice_gives_identical_rows(evaluate, monkeypatch):
     model, processor = tiny_model()
     model.train()
-    first, second = (evaluate(model, processor, "PickCube-v1", 2, 0, 2) for _ in range(2))
+    monkeypatch.setitem(stare_utils.ALIASES, "cube", "PickCube-v1")
+    first, second = (evaluate(model, processor, name, 2, 0, 2) for name in ("PickCube-v1", "cube"))
     assert first == second and model.training
     assert [row["seed"] for row in first["episodes"]] == [stare_utils.EVAL_SEED, stare_utils.EVAL_SEED + 1]
     assert [row["episode_len"] for row in first["episodes"]] == [TASK.max_episode_steps] * 2
@@ -343,6 +358,9 @@ def test_where_episodes_are_lost_is_told_stage_by_stage():
     assert result["stage_reach_rate"] == [0.75, 0.5, 0.5, 0.25] and result["stage_steps"] == [2.0] * 4
     _, line, _ = evaluation.result_table([{**result, "method": "SFT", "env_id": "PickCube-v1"}]).splitlines()
     assert line.split("]")[1].split() == "0.0 % 75.0 % 66.7 % 100.0 % 50.0 %".split()
+    _, *lines, _ = evaluation.result_table([{**result, "method": "SFT", "env_id": "PickCube-v1", "ood": ood, "instructions": words}
+                                            for ood, words in (("camera", ()), ("none", ("pick it",)))]).splitlines()  # fmt: skip
+    assert [line.split(" " * 2)[0] for line in lines] == ["SFT, camera", "SFT, other words"]
 
 
 def test_a_task_s_report_is_of_the_successes():

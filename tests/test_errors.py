@@ -52,6 +52,11 @@ def test_unknown_env_id_names_the_nearest(script, checkpoint, refuses):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_seed_that_random_generators_do_not_take(script, checkpoint, refuses):
+    refuses(script, "--seed must be below 4294967296", *start(script, checkpoint), "--seed", 2**32)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_env_id_of_maniskill_without_an_entry_here(script, checkpoint, refuses):
     refuses(script, "docs/tasks.md adds one", *start(script, checkpoint), "--env-id", "PlugCharger-v1")
 
@@ -113,8 +118,8 @@ def test_resuming_another_scripts_run(script, checkpoint, tmp_path, refuses):
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_resuming_from_a_policy_that_is_not_what_it_was(script, checkpoint, tmp_path, refuses):
-    source, run, args = shutil.copytree(checkpoint, tmp_path / "source"), tmp_path / "run", {"env_id": "PickCube-v1", "batch_size": 800, "lora_rank": 2}
-    shutil.copytree(checkpoint, run)
+    source, run = shutil.copytree(checkpoint, tmp_path / "source"), shutil.copytree(checkpoint, tmp_path / "run")
+    args = {"env_id": "PickCube-v1", "seed": 1, "batch_size": 800, "lora_rank": 2}
     origin = vla.fingerprint(source / "checkpoint")
     (run / "source.txt").write_text(f"{source / 'checkpoint'}\n{origin}")
     (run / "checkpoint/args.json").write_text(json.dumps({**args, "vla": str(source)}))

@@ -139,6 +139,7 @@ def test_the_gripper_of_openvla_s_data_opens_at_1_and_closes_at_0(published):
     assert (back - torch.stack([closed, opened])).abs().max() <= 1
     assert torch.allclose(vla.detokenize_actions(torch.tensor([[254] * 7]), stats["action"])[0, :6], torch.tensor(0.03), atol=3e-4)
     assert vla.signed_gripper({"action": {"q01": [0.0], "q99": [1.0]}})["action"]["binary"] == [False]  # published statistics may have no mask
+    assert vla.signed_gripper(stats)["action"]["binary"] == stats["action"]["binary"]  # --unnorm-key may name what has been signed before
 
 
 @pytest.mark.slow

@@ -196,13 +196,14 @@ def test_a_separator_is_kept_where_the_demonstrations_of_every_task_have_labels(
 
 
 def test_a_separator_is_measured_against_the_rules():
-    """Two episodes of three stages: one read right but for one step and a boundary two steps late, one that never enters what is read."""
+    """Two episodes of three stages: one read right but for one step and a boundary two steps late, one that begins in success, which
+    is no stage, and never enters what is read."""
     sure = lambda labels: torch.where(torch.nn.functional.one_hot(torch.tensor(labels), 3) == 1, 0.9, 0.05).log()  # noqa: E731
     first = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), sure([0, 0, 1, 1, 1, 1, 2, 2]), torch.tensor([False] * 7 + [True])
-    second = torch.tensor([0, 0, 0]), sure([0, 0, 1]), torch.tensor([False] * 3)
+    second = torch.tensor([3, 0, 0]), sure([0, 0, 1]), torch.tensor([False] * 3)
     found = evaluation.compare_separator([first, second], 3)
-    assert found["num_steps"] == 10 and found["causal_accuracy"] == pytest.approx(6 / 10)  # label 3, success, is no stage of the separator
-    assert found["viterbi_accuracy"] == pytest.approx(7 / 10)  # but its segment is the last one
+    assert found["num_steps"] == 10 and found["causal_accuracy"] == pytest.approx(6 / 10)
+    assert found["viterbi_accuracy"] == pytest.approx(7 / 10)  # success after the last stage's beginning is in its segment
     assert found["boundary_error"] == pytest.approx((0 + 2) / 2) and found["boundary_missed"] == pytest.approx(1 / 3)
 
 

@@ -250,8 +250,10 @@ PPO = {"losses/first_ratio": 1.0, "losses/rollout_update_logprob_gap": 1e-5, "lo
      ("", {}), ("", {"charts/shaped_return": 0.9, "charts/success_once": 0.9}), ("", {"losses/entropy": 5.0})],
 )  # fmt: skip
 def test_what_is_wrong_with_a_ppo_run_is_named(cause, now):
-    lines = sta_ppo.ppo_symptoms(PPO, {**PPO, **now})
+    lines = sta_ppo.ppo_symptoms(PPO, {**PPO, **now}, 0.25)
     assert len(lines) == bool(cause) and all(cause in line and "\n" not in line for line in lines)
+    plain = sta_ppo.ppo_symptoms(PPO, {**PPO, **now}, 0.0)  # without a stage reward it is not the stage reward
+    assert [line for line in plain if "task" in line] == [] and len(plain) == len(lines)
 
 
 @pytest.mark.parametrize(("wrong", "chosen_shift", "margin"), [(True, -2.0, 2.0), (False, 1.0, 2.0), (False, -2.0, -1.0)])

@@ -1,7 +1,9 @@
 """A run that dies after its first save and is resumed ends like one that never stopped, bit for bit."""
+import itertools
 import time
 
 import pytest
+import torch
 from conftest import call, differing, invent_rollouts, scalars, write_demos
 
 import sft
@@ -55,6 +57,8 @@ def test_sft_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
         call(sft, "--demo-path", demos, "--lora-rank", 3, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
     with pytest.raises(UserError, match="begun with env_id = PickCube-v1, not PushCube-v1"):
         call(sft, "--env-id", "PushCube-v1", "--lora-rank", lora_rank, "--vla", vla, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
+    with pytest.raises(UserError, match="begun with seed = 1, not 2"):
+        call(sft, "--seed", 2, "--lora-rank", lora_rank, "--vla", vla, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
     with pytest.raises(UserError, match="begun with vla = .*, not /another"):
         call(sft, "--demo-path", demos, "--lora-rank", lora_rank, "--vla", "/another", "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
 
@@ -72,8 +76,9 @@ def test_sft_s_chunks_and_gradient_checkpointing_change_no_gradient(tmp_path):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_sta_tpo_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
-    rollouts = invent_rollouts([11, 22])
-    monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: [])
+    rollouts, seeds = invent_rollouts([11, 22]), itertools.count()
+    # Sampling leaves other random numbers in each process, and in a run that goes on; a new adapter must not depend on them
+    monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: torch.manual_seed(next(seeds)) and [])
     monkeypatch.setattr(sta_tpo, "read_rollouts", lambda folder: list(rollouts))
     check_resume(sta_tpo, monkeypatch, tmp_path, "--checkpoint", checkpoint, "--batch-size", 8, "--num-epochs", 2, "--save-freq", 3,
                  "--lora-rank", lora_rank, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip

@@ -53,7 +53,7 @@ def expert_and_one_who_lets_go(envs):
 def test_ppo_shapes_and_bootstraps_with_the_true_next_state(silent, whole, ppo, envs, checkpoint, monkeypatch):
     """Env 0 succeeds, twice, env 1 is truncated; the roll-out goes on into their next episodes. Of each env the first episode counts, or, where PPO takes
     the horizon to be 19 steps, the first two."""
-    monkeypatch.setitem(stare_utils.TASKS, "PickCube-v1", dataclasses.replace(TASK, max_episode_steps=50 if whole == 1 else 19))
+    monkeypatch.setitem(stare_utils.TASKS, "PickCube-v1", dataclasses.replace(TASK, max_episode_steps=38 if whole == 1 else 19))
     trace, seen, heads, step, reset, policy = [], {}, [], envs.step, envs.reset, expert_and_one_who_lets_go(envs)
     sample_action, compute_gae = sta_ppo.sample_action, sta_ppo.compute_gae
 
@@ -137,6 +137,18 @@ def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
     assert differing(sparse / "checkpoint", zero / "checkpoint") == []
     assert differing(sparse / "checkpoint", stare / "checkpoint")
     assert differing(ppo("default", 1, 20, "--shaping-weight", 1 / K) / "checkpoint", stare / "checkpoint") == []
+
+
+def test_episodes_are_counted_by_whole_rounds(ppo):
+    """A round is two updates of 30 steps here, for the task's horizon is 50. Episodes end after 30, as quick successes would, so that the first update
+    alone knows some; had it been logged, it would have told of these alone."""
+    curves = scalars(ppo("run", 3, 30))
+    assert [len(curves[key]) for key in ("losses/entropy", "charts/success_once", "stage/0_reach_steps")] == [3, 2, 2]
+    assert len(vla.read_state(ppo("cut", 1, 30) / "checkpoint")["recent"]) == 0
+
+
+def test_a_critic_that_says_nothing_of_nothing_explains_nothing(ppo):
+    assert scalars(ppo("run", 1, 20, "--reward", "sparse"))["losses/explained_variance"] == [0]
 
 
 def test_target_kl_ends_the_epochs(ppo):
