@@ -201,8 +201,7 @@ def evaluate(
     completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows of the same with their
     seed and what the task reports at success. instructions: words given to the policy, in turn; empty: the task's. video: where to write an mp4 of the
     first 16 episodes. separator: see compare_separator."""
-    (env_id,) = stare_utils.env_ids(env_id)  # SimplerEnv's names, too
-    stats, device, was_training = task_stats(model, env_id), next(model.parameters()).device, model.training
+    stats, device, was_training = task_stats(model, *stare_utils.env_ids(env_id)), next(model.parameters()).device, model.training
     task, active = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"])
     num_episodes, texts, rows, films, read = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,), [], [], []
     envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes, ood=ood,

@@ -126,7 +126,7 @@ def write_demos(path: Path, env_id="PickCube-v1", control_mode=TASK.arm.control_
             group["obs/sensor_data/base_camera/rgb"], group["obs/proprio"] = obs["rgb"][:, :size, :size].numpy(), obs["proprio"].numpy()
             group["geometry"] = rng.uniform(-0.2, 0.2, (length, 8)).astype(np.float32)
             if actions:
-                group["actions"] = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
+                group["actions"] = (rng.uniform(-1, 1, (length, 7)) * stare_utils.TASKS.get(env_id, TASK).arm.limit).astype(np.float32)
             episodes.append({"episode_id": i, "episode_seed": i, "control_mode": control_mode, "elapsed_steps": length, "success": True})
     path.with_suffix(".json").write_text(json.dumps({"env_info": {"env_id": env_id}, "episodes": episodes}))
     return path

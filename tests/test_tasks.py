@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, needs_assets, output_of, scalars, tiny_model, write_demos
+from mani_skill.utils.structs import Pose
 
 import eval as evaluation
 import sft
@@ -101,6 +102,20 @@ def test_geometry_tells_how_the_object_lies(env_id):
         turns.append(0.5 * torch.atan2(infos["geometry"][0, 7], infos["geometry"][0, 6]).item())
         assert turns[-1] == pytest.approx(s["yaw_error"].item(), abs=1e-5)
     assert abs(turns[0]) < 0.1 and abs(turns[1]) > 1.4
+    env.close()
+
+
+@pytest.mark.parametrize("env_id", [needs_assets(PUT_CARROT)])
+def test_what_is_let_go_where_success_reaches_is_in_its_last_stage(env_id):
+    """A carrot at the plate's rim, 6 cm from its middle: not yet a success in the first step, one in the third."""
+    env, stages = state_env(env_id, terminate_on_success=False), []
+    env.reset(EVAL_SEED + 1)
+    carrot, plate = (env.base.objs[name] for name in (env.base.source_obj_name, env.base.target_obj_name))
+    carrot.set_pose(Pose.create_from_pq(plate.pose.p + torch.tensor([0.055, 0, 0.04]), torch.tensor([1.0, 0, 0, 0])))
+    for _ in range(3):
+        *_, infos = env.step(torch.tensor([[0, 0, 0, 0, 0, 0, 1.0]]))
+        stages.append(int(infos["stage"]))
+    assert stages[0] == 3 and stages[-1] == 4 and (env.state["beside_goal"] > 0.05).all()
     env.close()
 
 
