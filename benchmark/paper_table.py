@@ -2,6 +2,7 @@
 
     python benchmark/paper_table.py                       # writes the tables, docs/results.svg and docs/summary.svg anew from docs/results.jsonl
     python benchmark/paper_table.py runs/*__paper      # first adds these runs' rows (of the same method, budget, task and seed the newer one counts)
+    python benchmark/paper_table.py runs/PickCube-v1__sta_ppo__1__ipi=IPI-sum@ipi    # a run that paper_table.sh did not make, as METHOD@BUDGET
 
 A row is eval.py's result row, with `successes` (one 0 or 1 per evaluation seed) in place of the episodes and, for PPO, `curve`: [env steps, seconds of
 roll-outs and updates, success of the last 100 sampled training episodes, explained variance, deviation of the advantages, share that completed each
@@ -31,8 +32,9 @@ METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-com
            "IPI-sum": "black", "IPI-sum5": "indigo"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
 PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
+SHOWN = ("SFT", "TPO", "STA-TPO", "STA-TPO-sum", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI", "IPI-sum")  # the columns of ours
 PREFERENCE = {method for method in METHODS if "TPO" in method and "PPO" not in method}
-README = ("", "lambda-0.5", "turned")  # the budgets of README's table and plot
+README = ("", "ipi", "lambda-0.5", "turned", "wide")  # the budgets of README's table and plot
 IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "wide": "", "slow": "long"}  # budgets that begin with another's (and its preference steps)
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
             ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "STA-TPO-sum5"), ("STA-TPO", "STA-TPO-sum5"), ("SFT", "PPO"),
@@ -123,10 +125,10 @@ def overview(tasks: dict[str, dict[str, list[dict]]]) -> str:
         spread = f" ± {np.std(seeds[0], ddof=1):.1f}" if n > 1 and len(names) == 1 else ""
         return f"{np.mean([np.mean(once) for once in seeds]):.1f}{spread}" + f" ({n} seed{'s' * (n > 1)})" * (n != 3)
 
-    lines, budgets = [["", *PAPER], ["---"] * (len(PAPER) + 1)], sorted({budget_of(name) for name in tasks})
+    lines, budgets = [["", *SHOWN], ["---"] * (len(SHOWN) + 1)], sorted({budget_of(name) for name in tasks})
     for group, members in groups.items():
         for budget in budgets:
-            cells = [cell([task_name(env_id, budget) for env_id in members], method) for method in PAPER]
+            cells = [cell([task_name(env_id, budget) for env_id in members], method) for method in SHOWN]
             if not budget or set(cells) != {"not run"}:
                 lines.append([task_name(group, budget), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -170,7 +172,7 @@ def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
 
 def summarise(tasks: dict[str, dict[str, list[dict]]]) -> None:
     """docs/summary.svg, README's: greedy success of each method, a dot per training seed, of each task and budget of README's table."""
-    shown = [method for method in PAPER if any(method in methods for methods in tasks.values())]
+    shown = [method for method in SHOWN if any(method in methods for methods in tasks.values())]
     figure, axis = plt.subplots(figsize=(9, 1 + 0.4 * len(tasks)))
     for y, methods in enumerate(tasks.values()):
         axis.axhline(y + 0.5, color="0.85", lw=0.8)
@@ -179,8 +181,8 @@ def summarise(tasks: dict[str, dict[str, list[dict]]]) -> None:
             axis.plot(once, [y + (i - len(shown) / 2) / (1.3 * len(shown))] * len(once), "o", color=METHODS[method], ms=4, clip_on=False)
     axis.set(xlabel="success, %", xlim=(0, 100), ylim=(len(tasks) - 0.5, -0.5), yticks=range(len(tasks)), yticklabels=list(tasks))
     dots = [plt.Line2D([], [], color=METHODS[method], ls="", marker="o") for method in shown]
-    figure.legend(dots, shown, ncol=len(shown), loc="upper center", columnspacing=1, handletextpad=0)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.legend(dots, shown, ncol=(len(shown) + 1) // 2, loc="upper center", columnspacing=1, handletextpad=0)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(DOCS / "summary.svg", metadata={"Date": None})
 
 
@@ -215,7 +217,8 @@ def budget_of(task: str) -> str:
 
 
 def main(runs: list[str]) -> None:
-    new = [row_of(Path(run)) for run in runs if (Path(run) / "results.json").exists()]
+    named = [run.partition("=") for run in runs]
+    new = [row_of(Path(run)) | ({"method": method} if method else {}) for run, _, method in named if (Path(run) / "results.json").exists()]
     tasks = defaultdict(lambda: defaultdict(list))
     for row in merge(DOCS / "results.jsonl", new, "env_id", "method", "seed"):
         method, _, budget = row["method"].partition("@")
@@ -230,7 +233,8 @@ def main(runs: list[str]) -> None:
             methods |= {method: rows for method, rows in tasks.get(origin, {}).items() if method in taken}
     whole = overview(tasks)
     cells = {line: [cell.strip() for cell in line.split("|")[1:-1]] for line in whole.splitlines()}
-    front = [line for line in cells if budget_of(cells[line][0]) in README and cells[line][4:].count("not run") <= 3]  # of two methods with PPO at least
+    ppo = 1 + SHOWN.index("PPO")
+    front = [line for line in cells if budget_of(cells[line][0]) in README and cells[line][ppo:].count("not run") <= 4]  # of two methods with PPO at least
     between(DOCS.parent / "README.md", "table", "\n".join(front))
     between(DOCS / "results.md", "table", whole)
     between(DOCS / "tables.md", "tables", "\n\n".join(table(env_id, methods, same[env_id]) for env_id, methods in tasks.items() if len(methods) > 1))
