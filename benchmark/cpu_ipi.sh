@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# README's and docs/results.md's numbers of PickCube-v1: ./ipi.sh from an empty clone on two CPU cores, with the wall-clock time.
+# The first seed of README's and docs/results.md's numbers of PickCube-v1, row ipi: ./ipi.sh from an empty clone on two CPU cores, with the wall-clock time.
 # Resumable: start it again and it goes on. The log is committed as reference_output/cpu_ipi.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
