@@ -115,7 +115,7 @@ def main(args: Args) -> None:
 
         def update():
             logprob, _, hidden, _ = action_logprob(model, inputs, bins, active)  # noqa: B023
-            (ppo_loss(logprob - old, advantages, 0.2)[0] + value_head(hidden).square().mean()).backward()  # noqa: B023
+            (ppo_loss(logprob - old, advantages, 0.2) + value_head(hidden).square().mean()).backward()  # noqa: B023
             optimizer.step()
             optimizer.zero_grad()
 
