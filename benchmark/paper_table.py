@@ -35,7 +35,8 @@ PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", 
 SHOWN = ("SFT", "TPO", "STA-TPO", "STA-TPO-sum", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI", "IPI-sum")  # the columns of ours
 PREFERENCE = {method for method in METHODS if "TPO" in method and "PPO" not in method}
 README = ("", "clean", "ipi", "lambda-0.5", "wide")  # the budgets of README's table and plot
-IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "wide": "", "slow": "long", "clean": "turned"}  # budgets that begin with another's (and its preference steps)
+# budgets that begin with another's imitation (and its preference steps)
+IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "wide": "", "slow": "long", "clean": "turned"}
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
             ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "STA-TPO-sum5"), ("STA-TPO", "STA-TPO-sum5"), ("SFT", "PPO"),
             ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
