@@ -143,8 +143,7 @@ def refuse_nan(losses: dict[str, float], output: Path, batch: dict[str, Tensor])
         file = output / f"nan_batch{os.environ.get('RANK', '')}.safetensors"
         save_file({name: x.detach().contiguous() for name, x in batch.items()}, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").rename(file)
-        raise UserError(f"not finite: {', '.join(bad)}. The batch is in {file}. Go on from the last checkpoint with --resume"
-                        " and a lower --learning-rate")  # fmt: skip
+        raise UserError(f"not finite: {', '.join(bad)}. The batch is in {file}. Go on from the last checkpoint with --resume and a lower --learning-rate")
 
 # ------------------------------------------------------------ Tasks ------------------------------------------------------------
 @dataclass(frozen=True)
@@ -496,8 +495,7 @@ def light_assets() -> Path:
         wrist.write_text(re.sub(r"<visual>(?:(?!</visual>).)*realsense2.*?</visual>", "", wrist.read_text(), flags=re.S))
         shutil.copytree(Path(sapien.__file__).parent / "vulkan_shader", folder / "shaders")
         for shader in (folder / "shaders/minimal").glob("*.frag"):
-            text = re.sub(r"layout.*samplerBRDFLUT;\n", "", shader.read_text())
-            shader.write_text(re.sub(r"texture\(samplerBRDFLUT.*\.xy", "vec2(0)", text))
+            shader.write_text(re.sub(r"texture\(samplerBRDFLUT.*\.xy", "vec2(0)", re.sub(r"layout.*samplerBRDFLUT;\n", "", shader.read_text())))
         with contextlib.suppress(OSError):  # another process was faster
             folder.rename(cache)
     return cache
@@ -573,7 +571,6 @@ class StageEnv:
         folder = light or Path(mani_skill.PACKAGE_ASSET_DIR) / "robots/panda"
         Panda.urdf_path, PandaWristCam.urdf_path = (str(folder / name) for name in ("panda_v2.urdf", "panda_v3.urdf"))
         sapien.render.set_camera_shader_dir = lambda name: STOCK_SHADERS(str(light / "shaders" / name) if light else name)
-        gym.logger.min_level = gym.logger.ERROR  # it warns of processes that are at work when a script is stopped
         half = {"width": 320, "height": 240, "intrinsic": np.array([[311.794, 0, 159.75], [0, 311.794, 119.77], [0, 0, 1]])}  # of 640 x 480 pixels
         small = self.task.grid and backend == "cpu" and not full_meshes and image_size <= IMAGE_SIZE
         PandaWristCam._sensor_configs = []  # no policy here sees through it
@@ -711,6 +708,14 @@ class ProcessEnv(gym.Env):
         rename = {"final_obs": "ended_obs"}  # gymnasium would leave that one unbatched
         return {rename.get(name, name): cls.first(x) if isinstance(x, dict) else x[0].numpy() for name, x in batch.items() if name != "_final_info"}
 
+class Processes(gym.vector.AsyncVectorEnv):
+    """One half of a StageVectorEnv. They end at once: gymnasium would wait for what they compute, and fail or wait for ever where they are gone."""
+
+    def close(self, **kwargs):
+        self.closed = True
+        for process in self.processes:
+            process.kill()
+
 class StageVectorEnv:
     """The same as a StageEnv of N, on a CPU: one process per env, in two halves that can take turns with a policy (`play`)."""
 
@@ -728,8 +733,7 @@ class StageVectorEnv:
             makers = [maker(i, seen) for i in range(rows.start, rows.stop)]
             # Processes would import the running script again, which takes longer than all that they need: it has no file now. StageEnv resets itself
             with unittest.mock.patch.dict(vars(sys.modules["__main__"]), {"__file__": None, "__spec__": None}):
-                self.parts.append(self.ask(gym.vector.AsyncVectorEnv, makers, context="forkserver", autoreset_mode=gym.vector.AutoresetMode.DISABLED))
-            seen = gym.Env()
+                self.parts.append(self.ask(Processes, makers, context="forkserver", autoreset_mode=gym.vector.AutoresetMode.DISABLED))
             seen.observation_space, seen.action_space = self.parts[0].single_observation_space, self.parts[0].single_action_space
         self.single_action_space = self.parts[0].single_action_space
 
@@ -760,7 +764,7 @@ class StageVectorEnv:
 
     def close(self) -> None:
         for part in self.parts:
-            part.close(terminate=True)
+            part.close()
 
     def all(self, name: str, inputs: Callable[[slice], tuple]) -> list:
         """Calls a method of all processes at once; what each half returns."""
@@ -769,14 +773,11 @@ class StageVectorEnv:
         return [self.ask(getattr(part, f"{name}_wait")) for part in self.parts]
 
     def ask(self, method: Callable, *inputs, **kwargs):
-        """Calls a method of a half's processes. Where one is gone (UserError) or raises, all are ended: gymnasium would wait for them for ever."""
+        """Calls a method of a half's processes. Where one is gone (UserError) or raises, all are ended."""
         try:
             return method(*inputs, **kwargs)
         except Exception as error:
-            for part in self.parts:
-                part.closed = True
-                for process in part.processes:
-                    process.kill()
+            self.close()
             if not isinstance(error, (EOFError, ConnectionError)):
                 raise
             raise UserError("an env process died (memory full, or killed): lower --num-envs (and raise sta_ppo.py's --num-steps by as much); training goes on "
@@ -804,8 +805,7 @@ class StageVectorEnv:
         if isinstance(like, dict):
             names = dict.fromkeys(name for half in halves for name in half or ())
             return {name: self.join([(half or {}).get(name) for half in halves]) for name in names}
-        sizes = [rows.stop - rows.start for rows in self.rows]
-        return torch.cat([like.new_zeros(n, *like.shape[1:]) if half is None else half for half, n in zip(halves, sizes, strict=True)])
+        return torch.cat([like.new_zeros(rows.stop - rows.start, *like.shape[1:]) if half is None else half for half, rows in zip(halves, self.rows)])
 
 def check_world(env_id: str, full_meshes: bool = False, render: bool = True, backend: str = "cpu", reward: str = "sparse") -> None:
     """Chooses the software driver where there is no GPU, makes the light meshes once, and raises UserError when the task is unknown, its assets

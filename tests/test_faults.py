@@ -1,4 +1,5 @@
 """Faults that a night's run meets: killed processes, damaged files, numbers that are none, signals, two runs in one folder."""
+import gc
 import os
 import resource
 import shutil
@@ -137,6 +138,20 @@ def test_a_signal_to_the_whole_group_harms_no_env_process(number, checkpoint, tm
     os.killpg(run.pid, number)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 128 + number and "Traceback" not in errors and sta_ppo.load_state(tmp_path / "out", "sta_ppo")["iteration"] > 0, errors
+
+
+def test_envs_at_work_end_without_a_word_when_their_processes_are_gone(monkeypatch):
+    """As when a signal stops a script while they compute: gymnasium's own would wait for an answer and print a traceback."""
+    envs, complaints = make_envs("PickCube-v1", 2, 0, render=False), []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    for part in envs.parts:
+        part.step_async(np.zeros((1, 7), np.float32))
+        for process in part.processes:
+            process.kill()
+            process.join()
+    del envs, part, process
+    gc.collect()
+    assert complaints == []
 
 
 def test_a_second_signal_stops_an_update_but_not_its_save(monkeypatch):
