@@ -27,7 +27,7 @@ from vla import model_folder
 DOCS = Path(__file__).parent.parent / "docs"
 plt.rcParams["svg.hashsalt"] = "stare"  # the same rows, the same file
 plt.rcParams["axes.titlesize"] = 9
-METHODS = {"SFT": "0.6", "TPO": "tab:orange", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown",
+METHODS = {"SFT": "0.6", "TPO": "tab:orange", "TPO-sum": "gold", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown",
            "STA-TPO-sum5": "chocolate", "PPO": "tab:cyan", "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple",
            "IPI-sum": "black", "IPI-sum5": "indigo"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
@@ -36,10 +36,10 @@ SHOWN = ("SFT", "TPO", "STA-TPO", "STA-TPO-sum", "PPO", "PPO-dense", "STA-PPO", 
 PREFERENCE = {method for method in METHODS if "TPO" in method and "PPO" not in method}
 README = ("", "clean", "ipi", "lambda-0.5", "wide")  # the budgets of README's table and plot
 # budgets that begin with another's imitation (and its preference steps)
-IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "wide": "", "slow": "long", "clean": "turned"}
+IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "wide": "", "slow": "long", "broad": "long", "clean": "turned"}
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
-            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "STA-TPO-sum5"), ("STA-TPO", "STA-TPO-sum5"), ("SFT", "PPO"),
-            ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
+            ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("SFT", "TPO-sum"), ("TPO", "TPO-sum"), ("TPO-sum", "STA-TPO-sum"),
+            ("SFT", "STA-TPO-sum5"), ("STA-TPO", "STA-TPO-sum5"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
             ("TPO", "SFT-TPO-PPO"), ("SFT", "IPI"), ("STA-TPO", "IPI"), ("PPO", "IPI"), ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"),
             *((a, b) for b in ("IPI-sum", "IPI-sum5") for a in ("SFT", b.replace("IPI", "STA-TPO"), "PPO", "STA-PPO", "IPI")))  # fmt: skip
 BETWEEN = (("PPO", "PPO"), ("PPO-dense", "PPO-dense"), ("STA-PPO", "STA-PPO"), ("IPI", "IPI"), ("PPO", "STA-PPO"), ("PPO", "IPI"))  # two budgets
