@@ -238,10 +238,10 @@ def load_policy(checkpoint: str, device: torch.device, origin: str = ""):
 
 def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
     """The normalisation statistics (`action`, `proprio`) of a task, which are from now on those of OpenVLA's data set `unnorm_key` where one is named.
-    Raises UserError when the checkpoint was trained on others."""
+    Raises UserError when the checkpoint was trained on others, or on other actions than the 7 of every task here."""
     known, key = model.config.norm_stats, unnorm_key or env_id
-    if key not in known:
-        raise UserError(f"this checkpoint was trained on {', '.join(known) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
+    if key not in (names := [name for name, stats in known.items() if len(stats["action"]["q01"]) == 7]):
+        raise UserError(f"this checkpoint trained 7 actions on {', '.join(names) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
     if unnorm_key:
         known[env_id] = known[unnorm_key] if model.config.proprio_dim else vla.signed_gripper(known[unnorm_key])
     return known[env_id]

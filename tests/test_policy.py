@@ -282,4 +282,8 @@ def test_llama_s_prompt_ends_in_the_space_before_the_action():
 
 
 def test_a_policy_of_ours_keeps_its_units_under_another_task_s_key():
-    assert evaluation.task_stats(tiny_model()[0], "PushCube-v1", "PickCube-v1") == STATS
+    model, _ = tiny_model()
+    assert evaluation.task_stats(model, "PushCube-v1", "PickCube-v1") == STATS
+    model.config.norm_stats["two arms"] = {"action": {"q01": [-1.0] * 14, "q99": [1.0] * 14}}
+    with pytest.raises(evaluation.UserError, match="7 actions on PickCube-v1, PushCube-v1, not on two arms"):
+        evaluation.task_stats(model, "PushCube-v1", "two arms")
