@@ -96,7 +96,7 @@ def one_line_errors():
         for process in multiprocessing.active_children():
             process.kill()  # an env process would be asked to end, and waited for
         code = 128 + (Stop.signals or [signal.SIGTERM])[-1]  # another process of the job has had it
-        line = "stopped; " + "the last update is saved, " * Stop.leaving + "training goes on with --resume and its --output-dir"
+        line = "stopped; " + "the last update is saved, " * Stop.leaving + "a training run goes on with --resume and its --output-dir"
     except (UserError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
         code, line = 2, next(iter(str(error).splitlines()), "")
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in line or "out of memory" in line:
@@ -780,8 +780,8 @@ class StageVectorEnv:
             self.close()
             if not isinstance(error, (EOFError, ConnectionError)):
                 raise
-            raise UserError("an env process died (memory full, or killed): lower --num-envs (and raise sta_ppo.py's --num-steps by as much); training goes on "
-                            "with --resume and its --output-dir") from None
+            raise UserError("an env process died (memory full, or killed): lower --num-envs (and raise sta_ppo.py's --num-steps by as much); a training run "
+                            "goes on with --resume and its --output-dir") from None
 
     @classmethod
     def result(cls, found: tuple) -> tuple:

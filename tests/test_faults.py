@@ -125,7 +125,7 @@ def test_a_signal_lets_the_update_end_and_saves_it(number, tmp_path):
     assert not (tmp_path / "out/checkpoint").exists()
     run.send_signal(number)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == 128 + number and errors.splitlines()[-1].startswith("stopped; the last update is saved, training goes on with --resume"), errors
+    assert run.returncode == 128 + number and errors.splitlines()[-1].startswith("stopped; the last update is saved, a training run goes on"), errors
     assert "Traceback" not in errors and sft.load_state(tmp_path / "out", "sft")["step"] > 0
 
 
@@ -182,7 +182,7 @@ def test_a_signal_outside_an_update_acts_at_once(tmp_path):
     run.stdout.readline()
     run.terminate()
     _, errors = run.communicate(timeout=20)
-    assert run.returncode == 143 and errors == "stopped; training goes on with --resume and its --output-dir\n"
+    assert run.returncode == 143 and errors == "stopped; a training run goes on with --resume and its --output-dir\n"
 
 
 @pytest.fixture
