@@ -220,7 +220,7 @@ def test_env_processes_do_not_import_the_script_again(monkeypatch):
     told, script = [], sys.modules["__main__"]
     monkeypatch.setattr(script, "__file__", "a_script.py", raising=False)  # a test process may be started without one
     monkeypatch.setattr(script, "__spec__", None, raising=False)
-    monkeypatch.setattr(gym.vector, "AsyncVectorEnv", lambda *args, **kwargs: told.append(spawn.get_preparation_data("env")))
+    monkeypatch.setattr(stare_utils, "Processes", lambda *args, **kwargs: told.append(spawn.get_preparation_data("env")))
     with pytest.raises(AttributeError):  # there are no envs
         stare_utils.StageVectorEnv("PickCube-v1", 2, 0)
     assert told and not any(key.startswith("init_main") for key in told[0])
