@@ -10,7 +10,6 @@ import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
