@@ -98,6 +98,12 @@ def test_budgets_of_one_imitation_are_compared_over_the_seeds_that_both_have():
     assert len([line for line in lines if "lambda-1" in line]) == 2
 
 
+def test_tasks_taken_as_one_hold_the_methods_and_seeds_that_all_have():
+    tasks = {"carrot": {"PPO": rows("10", "11"), "IPI": rows("11")}, "spoon": {"PPO": rows("00", "01", "11")}}
+    assert paper_table.together(tasks, ["carrot", "spoon"]) == {"PPO": [{"seed": 1, "successes": "1000"}, {"seed": 2, "successes": "1101"}]}
+    assert paper_table.together(tasks, ["carrot", "not run"]) == {}
+
+
 def test_a_stage_row_by_hand():
     """Two stages; two roll-outs finish the first after 3 and after 1 steps, the quicker one fails, a third never gets through."""
     roll = lambda stage, distance, success: {"stage": torch.tensor(stage), "distance": torch.tensor(distance), "success": success, "init_seed": 0}  # noqa: E731
