@@ -34,7 +34,7 @@ SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in t
 PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
 SHOWN = ("SFT", "TPO", "STA-TPO", "TPO-sum", "STA-TPO-sum", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI", "IPI-sum")  # the columns of ours
 PREFERENCE = {method for method in METHODS if "TPO" in method and "PPO" not in method}
-README = ("", "broad", "clean", "ipi", "lambda-0.5", "wide")  # the budgets of README's table and plot
+README = ("", "broad", "clean", "clean-fast", "ipi", "lambda-0.5", "wide")  # the budgets of README's table and plot
 # budgets that begin with another's imitation (and its preference steps)
 IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "wide": "", "slow": "long", "broad": "long", "clean": "turned", "clean-fast": "clean"}
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
