@@ -33,6 +33,10 @@ METHODS = {"SFT": "0.6", "TPO": "tab:orange", "TPO-sum": "gold", "STA-TPO": "tab
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
 PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
 SHOWN = ("SFT", "TPO", "STA-TPO", "TPO-sum", "STA-TPO-sum", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI", "IPI-sum")  # the columns of ours
+SIMPLER = [env_id for env_id in TASKS if TASKS[env_id].grid]
+MEANS = {"ManiSkill3 mean": [env_id for env_id in TASKS if env_id not in SIMPLER],
+         "ManiSkill3 mean without PegInsertionSide": [env_id for env_id in TASKS if env_id not in [*SIMPLER, "PegInsertionSide-v1"]],
+         "SimplerEnv mean": SIMPLER, "SimplerEnv mean without PutEggplant": [env_id for env_id in SIMPLER if "Eggplant" not in env_id]}  # fmt: skip
 PREFERENCE = {method for method in METHODS if "TPO" in method and "PPO" not in method}
 README = ("", "broad", "clean", "clean-fast", "ipi", "lambda-0.5", "wide")  # the budgets of README's table and plot
 # budgets that begin with another's imitation (and its preference steps)
@@ -126,12 +130,6 @@ def together(tasks: dict[str, dict[str, list[dict]]], names: list[str]) -> dict[
 def overview(tasks: dict[str, dict[str, list[dict]]]) -> str:
     """Markdown: the paper's table, tasks by methods, success in percent (mean ± deviation over the training seeds), a task's other budgets below it, and
     the means over each simulator's tasks, only where all of them have been run."""
-    simpler = [env_id for env_id in TASKS if TASKS[env_id].grid]
-    groups = {env_id: [env_id] for env_id in TASKS} | {
-        "ManiSkill3 mean": [env_id for env_id in TASKS if env_id not in simpler],
-        "ManiSkill3 mean without PegInsertionSide": [env_id for env_id in TASKS if env_id not in [*simpler, "PegInsertionSide-v1"]],
-        "SimplerEnv mean": simpler,
-        "SimplerEnv mean without PutEggplant": [env_id for env_id in simpler if "Eggplant" not in env_id]}  # fmt: skip
 
     def cell(names: list[str], method: str) -> str:
         seeds = [[100 * row["success_once"] for row in tasks.get(name, {}).get(method, [])] for name in names]
@@ -142,7 +140,7 @@ def overview(tasks: dict[str, dict[str, list[dict]]]) -> str:
         return f"{np.mean([np.mean(once) for once in seeds]):.1f}{spread}" + f" ({n} seed{'s' * (n > 1)})" * (n != 3)
 
     lines, budgets = [["", *SHOWN], ["---"] * (len(SHOWN) + 1)], sorted({budget_of(name) for name in tasks})
-    for group, members in groups.items():
+    for group, members in {**{env_id: [env_id] for env_id in TASKS}, **MEANS}.items():
         for budget in budgets:
             cells = [cell([task_name(env_id, budget) for env_id in members], method) for method in SHOWN]
             if not budget or set(cells) != {"not run"}:
@@ -254,9 +252,10 @@ def main(runs: list[str]) -> None:
     between(DOCS.parent / "README.md", "table", "\n".join(front))
     between(DOCS / "results.md", "table", whole)
     pages = [table(env_id, methods, same[env_id]) for env_id, methods in tasks.items() if len(methods) > 1]
-    for budget in sorted({budget_of(name) for name in tasks}):  # SimplerEnv's grids are small: its tasks but one that was not run, as one
-        methods = together(tasks, [task_name(env_id, budget) for env_id in TASKS if TASKS[env_id].grid and "Eggplant" not in env_id])
-        pages += ["\n".join([f"**SimplerEnv's tasks without PutEggplant as one, {budget}**", "", *gains(methods, {})])] * (len(methods) > 1)
+    for budget in sorted({budget_of(name) for name in tasks}):  # SimplerEnv's grids are small: those that were run as one
+        methods = together(tasks, [task_name(env_id, budget) for env_id in MEANS["SimplerEnv mean without PutEggplant"]])
+        if len(methods) > 1:
+            pages.append("\n".join([f"**SimplerEnv's tasks without PutEggplant as one, {budget}**", "", *gains(methods, {})]))
     between(DOCS / "tables.md", "tables", "\n\n".join(pages))
     plot(tasks)
     names = {cells[line][0] for line in front}
