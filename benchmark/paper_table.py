@@ -28,8 +28,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 plt.rcParams["svg.hashsalt"] = "stare"  # the same rows, the same file
 plt.rcParams["axes.titlesize"] = 9
 METHODS = {"SFT": "0.6", "TPO": "tab:orange", "TPO-sum": "gold", "STA-TPO": "tab:red", "STA-TPO-completed": "tab:pink", "STA-TPO-sum": "tab:brown",
-           "STA-TPO-sum5": "chocolate", "PPO": "tab:cyan", "PPO-dense": "tab:green", "STA-PPO": "tab:blue", "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple",
-           "IPI-sum": "black", "IPI-sum5": "indigo"}  # fmt: skip
+           "STA-TPO-sum-q": "sienna", "STA-TPO-sum5": "chocolate", "PPO": "tab:cyan", "PPO-dense": "tab:green", "STA-PPO": "tab:blue",
+           "SFT-TPO-PPO": "tab:olive", "IPI": "tab:purple", "IPI-sum": "black", "IPI-sum5": "indigo"}  # fmt: skip
 SILENT = sorted({f"STA-PPO-no-{stage}" for task in TASKS.values() for stage in task.stages})  # --silent-stages
 PAPER = ("SFT", "TPO", "STA-TPO", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI")  # the rows of the paper's table
 SHOWN = ("SFT", "TPO", "STA-TPO", "TPO-sum", "STA-TPO-sum", "PPO", "PPO-dense", "STA-PPO", "SFT-TPO-PPO", "IPI", "IPI-sum")  # the columns of ours
@@ -43,7 +43,8 @@ README = ("", "broad", "clean", "clean-fast", "ipi", "lambda-0.5", "wide")  # th
 IMITATION = {"lambda-0.5": "", "lambda-1": "", "gentle": "", "wide": "", "slow": "long", "broad": "long", "clean": "turned", "clean-fast": "clean"}
 COMPARED = (("SFT", "TPO"), ("SFT", "STA-TPO"), ("TPO", "STA-TPO"), ("STA-TPO", "STA-TPO-completed"), ("STA-TPO", "STA-TPO-sum"),
             ("SFT", "STA-TPO-sum"), ("TPO", "STA-TPO-sum"), ("PPO", "STA-TPO-sum"), ("SFT", "TPO-sum"), ("TPO", "TPO-sum"), ("TPO-sum", "STA-TPO-sum"),
-            ("SFT", "STA-TPO-sum5"), ("STA-TPO", "STA-TPO-sum5"), ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
+            ("SFT", "STA-TPO-sum-q"), ("TPO-sum", "STA-TPO-sum-q"), ("STA-TPO-sum", "STA-TPO-sum-q"), ("SFT", "STA-TPO-sum5"), ("STA-TPO", "STA-TPO-sum5"),
+            ("SFT", "PPO"), ("SFT", "STA-PPO"), ("PPO", "STA-PPO"), ("PPO-dense", "STA-PPO"),
             ("TPO", "SFT-TPO-PPO"), ("SFT", "IPI"), ("STA-TPO", "IPI"), ("PPO", "IPI"), ("STA-PPO", "IPI"), ("SFT-TPO-PPO", "IPI"),
             *((a, b) for b in ("IPI-sum", "IPI-sum5") for a in ("SFT", b.replace("IPI", "STA-TPO"), "PPO", "STA-PPO", "IPI")))  # fmt: skip
 BETWEEN = (("PPO", "PPO"), ("PPO-dense", "PPO-dense"), ("STA-PPO", "STA-PPO"), ("IPI", "IPI"), ("PPO", "STA-PPO"), ("PPO", "IPI"))  # two budgets

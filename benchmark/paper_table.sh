@@ -12,8 +12,8 @@
 #   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
 # Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (8 a state, the same ones) are
 # part of the budget of SFT-TPO-PPO and IPI: their PPO has what is left of STEPS. METHODS also knows STA-TPO-completed and
-# STA-TPO-sum, other costs in the pairs, TPO-sum, that without stages, STA-TPO-sum5, with five passes over the pairs, IPI-sum and IPI-sum5 from
-# STA-TPO-sum and STA-TPO-sum5, and STA-PPO-no-reach (-no-grasp, ...), a stage that pays only when it ends.
+# STA-TPO-sum, other costs in the pairs, TPO-sum, that without stages, STA-TPO-sum-q, with sums as q too, STA-TPO-sum5, with five passes over the pairs,
+# IPI-sum and IPI-sum5 from STA-TPO-sum and STA-TPO-sum5, and STA-PPO-no-reach (-no-grasp, ...), a stage that pays only when it ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
@@ -61,6 +61,7 @@ for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 Pic
         TPO-sum) tpo TPO-sum --no-stage-aware --max-pairs-per-stage 24 --cost-sum --cost-coef 0.01 ;;
         STA-TPO-completed) tpo STA-TPO-completed --cost-margin 1e9 ;;
         STA-TPO-sum) tpo STA-TPO-sum --cost-sum --cost-coef 0.01 ;; # a sum is some ten times a mean
+        STA-TPO-sum-q) tpo STA-TPO-sum-q --cost-sum --cost-coef 0.01 --tpo-reduction sum --beta 0.3 ;; # a segment has some ten steps
         STA-TPO-sum5) tpo STA-TPO-sum5 --cost-sum --cost-coef 0.01 --num-epochs 5 ;;
         STA-PPO) ppo STA-PPO "$SFT" "$STEPS" ;;
         STA-PPO-no-*) ppo "$METHOD" "$SFT" "$STEPS" --silent-stages "${METHOD#STA-PPO-no-}" ;;
