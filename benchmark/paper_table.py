@@ -157,10 +157,10 @@ def curve_of(run: dict) -> np.ndarray:
 
 
 def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
-    """docs/results.svg: sampled success of the PPOs while they train, by env steps and by wall time; greedy success at the end as points; the share of
-    greedy episodes that complete each stage."""
+    """docs/results.svg, of the same rows as `summarise`: sampled success of the PPOs while they train, by env steps and by wall time; greedy success at
+    the end as points; the share of greedy episodes that complete each stage."""
     tasks = {env_id: methods for env_id, methods in tasks.items() if any("curve" in row for rows in methods.values() for row in rows)}
-    figure, axes = plt.subplots(len(tasks), 3, figsize=(14, 3.4 * len(tasks)), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(len(tasks), 3, figsize=(13, 2.6 * len(tasks)), squeeze=False, sharey="row", layout="constrained")
     for row, (env_id, methods) in zip(axes, tasks.items()):
         for axis, x, label in ((row[0], 0, "env steps"), (row[1], 1, "seconds of roll-outs and updates")):
             for method, colour in METHODS.items():
@@ -180,24 +180,22 @@ def plot(tasks: dict[str, dict[str, list[dict]]]) -> None:
             row[2].plot(get_task(env_id.partition(",")[0]).stages, funnel, style, color=METHODS[method])
         row[2].set(ylabel="completed, greedily, %", title=env_id)
     seen = [method for method in METHODS if any(method in methods for methods in tasks.values())]
-    figure.legend([plt.Line2D([], [], color=METHODS[method]) for method in seen], seen, ncol=len(seen), loc="lower center")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.legend([plt.Line2D([], [], color=METHODS[method]) for method in seen], seen, ncol=(len(seen) + 1) // 2, loc="outside upper center")
     figure.savefig(DOCS / "results.svg", metadata={"Date": None})
 
 
 def summarise(tasks: dict[str, dict[str, list[dict]]]) -> None:
     """docs/summary.svg, README's: greedy success of each method, a dot per training seed, of each task and budget of README's table."""
     shown = [method for method in SHOWN if any(method in methods for methods in tasks.values())]
-    figure, axis = plt.subplots(figsize=(9, 1 + 0.4 * len(tasks)))
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.4 * len(tasks)), layout="constrained")
     for y, methods in enumerate(tasks.values()):
         axis.axhline(y + 0.5, color="0.85", lw=0.8)
         for i, method in enumerate(shown):
-            once = [100 * row["success_once"] for row in methods.get(method, [])]
-            axis.plot(once, [y + (i - len(shown) / 2) / (1.3 * len(shown))] * len(once), "o", color=METHODS[method], ms=4, clip_on=False)
+            if once := [100 * row["success_once"] for row in methods.get(method, [])]:  # a line without points would take room in the layout
+                axis.plot(once, [y + (i - len(shown) / 2) / (1.3 * len(shown))] * len(once), "o", color=METHODS[method], ms=4, clip_on=False)
     axis.set(xlabel="success, %", xlim=(0, 100), ylim=(len(tasks) - 0.5, -0.5), yticks=range(len(tasks)), yticklabels=list(tasks))
     dots = [plt.Line2D([], [], color=METHODS[method], ls="", marker="o") for method in shown]
-    figure.legend(dots, shown, ncol=(len(shown) + 1) // 2, loc="upper center", columnspacing=1, handletextpad=0)
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    figure.legend(dots, shown, ncol=(len(shown) + 1) // 2, loc="outside upper center", columnspacing=1, handletextpad=0)
     figure.savefig(DOCS / "summary.svg", metadata={"Date": None})
 
 
@@ -258,9 +256,10 @@ def main(runs: list[str]) -> None:
         if len(methods) > 1:
             pages.append("\n".join([f"**SimplerEnv's tasks without PutEggplant as one, {budget}**", "", *gains(methods, {})]))
     between(DOCS / "tables.md", "tables", "\n\n".join(pages))
-    plot(tasks)
     names = {cells[line][0] for line in front}
-    summarise({name: methods for name, methods in tasks.items() if name in names})
+    drawn = {name: methods for name, methods in tasks.items() if name in names}
+    plot(drawn)
+    summarise(drawn)
 
 
 if __name__ == "__main__":
