@@ -212,7 +212,7 @@ def evaluate(
     progress = tqdm(total=num_episodes, desc=f"evaluate {env_id}", unit="episode", disable=None)
 
     def act(t: int, n: slice) -> torch.Tensor:
-        """Actions (n, A) of the envs n, in their own units. The other half computes meanwhile."""
+        """Actions (n, A) of the envs n, in their own units. Where envs are processes, the other half computes meanwhile."""
         words = [texts[(len(rows) + i) % len(texts)] for i in range(n.start, n.stop)]
         bins, _, hidden = sample_action(model, processor(obs["rgb"][n], words, obs["proprio"][n], stats.get("proprio"), device), active, greedy=True)
         if separator is not None:

@@ -166,7 +166,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, opt
 
 
 def load_state(output: Path, script: str, rank: int = 0) -> dict | None:
-    """The training state of output/checkpoint, of the one before where that is missing or damaged; None where there is neither (every step seeds its own
+    """The training state of output/checkpoint, of the one before where that is missing or damaged; None where there is neither (every update seeds its own
     random numbers). No other process may be at work there. Raises UserError when the state is another script's, or damaged too."""
     folder, state = output / "checkpoint", None
     if rank == 0 and output.is_dir():

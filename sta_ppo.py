@@ -202,7 +202,7 @@ def save_checkpoint(output: Path, model, processor, args: dict, state: dict, opt
 
 
 def load_state(output: Path, script: str, rank: int = 0) -> dict | None:
-    """The training state of output/checkpoint, of the one before where that is missing or damaged; None where there is neither (every step seeds its own
+    """The training state of output/checkpoint, of the one before where that is missing or damaged; None where there is neither (every update seeds its own
     random numbers). No other process may be at work there. Raises UserError when the state is another script's, or damaged too."""
     folder, state = output / "checkpoint", None
     if rank == 0 and output.is_dir():
@@ -485,7 +485,7 @@ def main(args: Args) -> None:
     terminated, done = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(2))
 
     def act(t: int, n: slice) -> torch.Tensor:
-        """Actions (n, A) at step t of the envs n, in their own units. The other half computes meanwhile."""
+        """Actions (n, A) at step t of the envs n, in their own units. Where envs are processes, the other half computes meanwhile."""
         for name, value in next_obs.items():
             obs[name][t, n] = value[n]
         # STARE: the stage of the state acted in, and its Phi
@@ -513,7 +513,7 @@ def main(args: Args) -> None:
             for sums in so_far.values():
                 sums.zero_()
             rows = []  # of the episodes that end before the next fresh start
-        next_obs = {name: value.clone() for name, value in next_obs.items()}  # from here on written in place, half by half
+        next_obs = {name: value.clone() for name, value in next_obs.items()}  # the state to act in, from here on written in place
         next_info = {name: next_info[name].clone() for name in ("stage", "stage_distance", "potential", "elapsed_steps")}
         stage, phi = (x.clone() for x in stage_of(next_obs, next_info))
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
@@ -537,7 +537,7 @@ def main(args: Args) -> None:
                 final, final_obs = info["final_info"], info["final_obs"]
                 next_potentials[t, n][ended] = stage_of(final_obs, final)[1][ended]
                 final_values[t, n][ended] = value_of({name: value[ended] for name, value in final_obs.items()})
-            # STARE: the stage reward enters here; w = 0 leaves plain PPO
+            # STARE: the stage reward enters here; w = 0 leaves the env's own
             rewards[t, n] = reward_scale * env_rewards[t, n]
             if weight:
                 rewards[t, n] = shape_rewards(rewards[t, n], potentials[t, n], next_potentials[t, n], terminated[t, n], args.gamma, weight)
