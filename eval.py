@@ -1,56 +1,73 @@
-"""Evaluation: greedy decoding, full episodes, every episode with its own seed that no training ever sees.
+"""Evaluation of a policy: greedy actions, full episodes, a seed per episode that no training sees.
 
-    python eval.py --checkpoint runs/PickCube-v1__sta_ppo__1__...      # table, results.json with a row per episode
-    python eval.py --checkpoint DIR --capture-video                    # and an mp4 grid: stage, Phi and success drawn on the frames
-    python eval.py --checkpoint DIR --ood camera                       # out of distribution: position, camera, lighting
-    python eval.py --checkpoint DIR --instruction-set paraphrase       # the same tasks in words that were not trained on
-    python eval.py --compare sft.json sta_ppo.json                     # paired difference of two results on the same seeds
+    python eval.py --checkpoint runs/PickCube-v1__sta_ppo__1__...  # table, results.json, summary.md
+    python eval.py --checkpoint DIR --capture-video                # also an mp4 of 16 episodes
+    python eval.py --checkpoint DIR --ood camera                   # or position, lighting
+    python eval.py --checkpoint DIR --instruction-set paraphrase   # words not trained on
+    python eval.py --compare sft.json sta_ppo.json                 # paired difference by seed
 
-Success is ManiSkill's: `success_once` at any step of the registered horizon, `success_at_end` at its last. The stage funnel is
-P(stage k completed | stage k-1 completed): it says where the episodes are lost. SimplerEnv's tasks have a grid of 24 or 64 initial
-configurations: each is played once, a greedy repeat would be no new trial.
-Letters: N envs, T steps, K stages, A action dimensions, B batch, D hidden width.
+Success is ManiSkill's. `success_once` is success at any step of the registered horizon,
+`success_at_end` at its last step. The stage funnel is P(stage k completed | stage k - 1 completed):
+it shows where episodes are lost. SimplerEnv's tasks have a grid of 24 or 64 initial configurations.
+Each is played once, because a greedy policy would only repeat itself.
+Letters: T steps, N envs, K stages, B batch, A action tokens, D width.
 """
-import contextlib
+
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
-import imageio
+# Idle OpenMP threads that spin take the cores from the env processes: a forward pass is then 20
+# times slower. PyTorch reads this when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw
-from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vla
-from stare_utils import EVAL_SEED, UserError, decode_stages, make_envs, segment_stages
+from plumbing.checkpoint import check_instructions, load_policy, load_separator, task_stats
+from plumbing.report import (
+    draw,
+    mean_rows,
+    read_results,
+    result_table,
+    separator_line,
+    write_summary,
+    write_text,
+    write_video,
+)
+from plumbing.run import Progress, check_numbers, one_line_errors
+from stare_utils import decode_stages, segment_stages
+from world.assets import check_world
+from world.tasks import EVAL_SEED, TASKS, Task, UserError, env_ids, get_task
+from world.vector import make_envs
 
-CURVES = ("charts/success_once", "charts/shaped_return", "losses/explained_variance", "losses/ce", "losses/action_l1", "rewards/margins", "logps/chosen")
+# How many episodes a video shows.
+NUM_FILMS = 16
 
 
+# ---- command line ----
 @dataclass
 class Args:
     checkpoint: str = ""
-    """checkpoint folder (or the run folder that holds it) of any of the three stages"""
+    """folder of a checkpoint, or the run folder that holds it, from any of the three scripts"""
     vla: str = ""
-    """an OpenVLA instead of --checkpoint: its folder in the published layout, or its hub id, with --unnorm-key"""
+    """an OpenVLA instead of --checkpoint: a folder in the published layout, or its hub id"""
     unnorm_key: str = ""
-    """of which data set in its `norm_stats` the task's actions are, `bridge_orig` for SimplerEnv's tasks"""
+    """data set in the model's norm_stats whose action statistics to use, e.g. bridge_orig"""
     env_id: str = ""
-    """task, or several with commas between them; empty: all that the checkpoint was trained on"""
+    """task, or several with commas between them. Empty: all that the checkpoint was trained on"""
     num_eval_episodes: int = 100
-    """episodes, each of the registered horizon; the 95 % interval at 90 % success is +-6 points with 100 episodes and +-3.4 with 300"""
+    """episodes. At 90 % success the 95 % interval is +-6 points with 100 and +-3.4 with 300"""
     seed: int = 0
-    """evaluation seeds are EVAL_SEED + 100000 * seed + episode, disjoint from those of training"""
+    """evaluation seeds are EVAL_SEED + 100000 * seed + episode. Training uses none of them"""
     num_envs: int = 8
     """env processes (CPU) or parallel envs (GPU)"""
     backend: Literal["cpu", "cuda"] = "cpu"
@@ -60,329 +77,487 @@ class Args:
     capture_video: bool = False
     """write video.mp4: a grid of the first 16 episodes as the policy sees them"""
     ood: Literal["none", "position", "camera", "lighting"] = "none"
-    """what differs from training, drawn anew from each episode's seed: where the objects lie, where the cameras stand, the lamps (docs/tasks.md)"""
+    """what each episode's seed changes: object places, camera places or lamps (docs/tasks.md)"""
     instruction_set: Literal["train", "paraphrase"] = "train"
     """words of the instruction: as trained, or the task's held-out paraphrases in turn"""
     instruction: str = ""
-    """these words instead"""
+    """give these words to the policy instead"""
     full_meshes: bool = False
-    """on a CPU too: the Panda's original visual meshes (4x slower), SimplerEnv's camera at 640 x 480 (2x slower)"""
+    """on a CPU, draw the Panda's full meshes (4x slower), SimplerEnv at 640 x 480 (2x slower)"""
     output_dir: str = ""
-    """where results.json and video.mp4 go; empty: the checkpoint's run folder"""
+    """where results.json, summary.md and video.mp4 go. Empty: the checkpoint's run folder"""
     method: str = ""
-    """name of the method in the result row; empty: the script that made the checkpoint"""
+    """name of the method in the result. Empty: the script that made the checkpoint"""
     compare: tuple[str, ...] = ()
-    """results.json files: print one table with the paired difference of each to the one before on their common seeds, and stop"""
+    """results.json files: print one table with paired differences on common seeds, and stop"""
 
 
-def load_policy(checkpoint: str, device: torch.device, origin: str = ""):
-    """Model, processor and folder of a checkpoint (its folder, its run's, or a hub id). UserError: it is not ours, or no longer that of this fingerprint."""
-    folder = vla.model_folder(checkpoint)
-    try:
-        vla.check_folder(folder, origin)
-        return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
-    except Exception as error:  # a file may hold anything
-        raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
-
-
-def check_instructions(model, processor, texts: list[str]) -> None:
-    """Raises UserError when an instruction leaves no room for the action tokens in the model's context."""
-    for text in texts:
-        length, room = len(processor.prompt_ids(text)), model.text_room()
-        if length > room:
-            raise UserError(f"the instruction {text[:40]!r}... has {length} tokens, the model has room for {room}: shorten it")
-
-
-def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
-    """The normalisation statistics (`action`, `proprio`) of a task, which are from now on those of OpenVLA's data set `unnorm_key` where one is named.
-    Raises UserError when the checkpoint was trained on others, or on other actions than the 7 of every task here."""
-    known, key = model.config.norm_stats, unnorm_key or env_id
-    if key not in (names := [name for name, stats in known.items() if len(stats["action"]["q01"]) == 7]):
-        raise UserError(f"this checkpoint trained 7 actions on {', '.join(names) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
-    if unnorm_key:
-        known[env_id] = known[unnorm_key] if model.config.proprio_dim else vla.signed_gripper(known[unnorm_key])
-    return known[env_id]
-
-
+# ---- the policy ----
 @torch.no_grad()
 def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False):
-    """One action by autoregressive decoding over the action bins alone, with a key-value cache.
+    """One action, decoded token by token over the action bins alone, with a key-value cache.
 
-    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
-    Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
+    inputs: what the processor returns for B observations. active: (A,) bool, false where the
+    action never varies: that bin is fixed and counts in no log-probability.
+    Returns bins (B, A) long, logprob (B,) fp32 (the sum over active tokens), and hidden (B, D),
+    the last layer's output at the token before the first action token.
     """
-    end, n, mask = model.config.action_id_end, model.config.n_action_bins, inputs["attention_mask"]
+    end = model.config.action_id_end
+    n_bins = model.config.n_action_bins
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
-    mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
-    bins, logprob = [], torch.zeros(len(mask), device=mask.device)
-    fed = 0  # action tokens that the model has seen
-    for a, is_active in enumerate(active.tolist()):
-        if not is_active:
-            bins.append(torch.full_like(mask[:, 0], n // 2))
-            continue
-        if a > fed:
-            tokens, fed = end - 1 - torch.stack(bins[fed:], -1), a
+    # The model has inserted its image and proprioception tokens behind <s>.
+    mask = inputs["attention_mask"]
+    inserted = mask.new_ones(len(mask), model.num_prefix())
+    mask = torch.cat([mask[:, :1], inserted, mask[:, 1:]], 1)
+    bins = torch.full((len(mask), len(active)), n_bins // 2, device=mask.device)
+    logprob = torch.zeros(len(mask), device=mask.device)
+    num_fed = 0
+    for a in active.nonzero()[:, 0].tolist():
+        if a > num_fed:
+            # Feed the tokens chosen since the last pass, fixed ones included.
+            tokens = end - 1 - bins[:, num_fed:a]
+            num_fed = a
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-            out = model(tokens, mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
-        bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
-        logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
-    return torch.stack(bins, -1), logprob, hidden
+            cache = out.past_key_values
+            out = model(tokens, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+        logits = out.logits[:, -1, end - n_bins : end].flip(-1)
+        logp = logits.float().log_softmax(-1)  # (B, n_bins)
+        if greedy:
+            bins[:, a] = logp.argmax(-1)
+        else:
+            bins[:, a] = torch.multinomial(logp.exp(), 1)[:, 0]
+        logprob += logp.gather(-1, bins[:, a : a + 1])[:, 0]
+    return bins, logprob, hidden
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share (Wilson 1927)."""
-    z, p = 1.959964, successes / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+# ---- roll-out ----
+class Episode(NamedTuple):
+    """One evaluated episode."""
+
+    # The episode's row in the result, see plumbing/report.py.
+    row: dict
+    # Frames (H, W, 3) uint8 to be shown. Empty where the episode is not filmed.
+    film: list[np.ndarray]
+    # What compare_separator reads, see there.
+    labels: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def paired_difference(a: list[dict], b: list[dict]) -> dict:
-    """Mean of success_once(b) - success_once(a) over the episodes with the same seed, with a 95 % interval: the normal one once two pairs have been
-    added, half of one won and half of one lost among them (Agresti and Min 2005), which holds the truth as often as it says with 24 pairs, too."""
-    first = {row["seed"]: row["success_once"] for row in a}
-    diff = np.array([float(row["success_once"]) - float(first[row["seed"]]) for row in b if row["seed"] in first])
-    if len(diff) < 2:
-        raise UserError("the two results share fewer than two seeds: evaluate both with the same --seed and --num-eval-episodes")
-    n = len(diff) + 2
-    middle, half = diff.sum() / n, 1.959964 * math.sqrt(np.abs(diff).sum() + 1 - diff.sum() ** 2 / n) / n
-    return {"difference": diff.mean(), "low": middle - half, "high": middle + half, "num_episodes": len(diff)}
+class Round:
+    """One episode in each of N envs: what the evaluation keeps of them."""
+
+    def __init__(self, task: Task, N: int):
+        T = task.max_episode_steps
+        K = len(task.stages)
+        self.stage_names = (*task.stages, "done")
+        # Of each state acted in: the stage by the rules, the stage by the learned separator, and
+        # whether success has come by then.
+        self.stages = torch.zeros(T, N, dtype=torch.long)
+        self.stage_logprobs = torch.zeros(T, N, K)
+        self.over = torch.zeros(T, N, dtype=torch.bool)
+        # Of each episode up to now.
+        self.once = torch.zeros(N, dtype=torch.bool)
+        self.returns = torch.zeros(N)
+        self.films = [[] for _ in range(N)]
+        # What the task reports, at the first success. NaN before.
+        self.reported = {name: torch.full((N,), math.nan) for name in task.report}
+
+    def add_step(self, half: slice, reward: torch.Tensor, info: dict) -> None:
+        """Counts what a step of the envs in `half` led to."""
+        # A task reports about the moment of success, so a later success changes nothing.
+        first = info["success"].cpu() & ~self.once[half]
+        for name, values in self.reported.items():
+            values[half] = torch.where(first, info[name].cpu(), values[half])
+        self.once[half] |= first
+        self.returns[half] += reward.cpu()
+
+    def add_frames(self, half: slice, rgb: torch.Tensor, info: dict, num_films: int) -> None:
+        """Draws a frame of each env in `half` that is among the first `num_films` envs."""
+        for i in range(half.start, min(half.stop, num_films)):
+            j = i - half.start
+            stage_name = self.stage_names[info["stage"][j]]
+            potential = float(info["potential"][j])
+            success = bool(info["success"][j])
+            self.films[i].append(draw(rgb[j], stage_name, potential, success))
+
+    def episodes(self, info: dict) -> list[Episode]:
+        """The N episodes. info: the envs' infos at their last step."""
+        N, K = self.stage_logprobs.shape[1:]
+        # Label K counts the steps in which the task is solved.
+        steps = torch.nn.functional.one_hot(self.stages, K + 1).sum(0)  # (N, K + 1)
+        episodes = []
+        for i in range(N):
+            row = {
+                "seed": int(info["seed"][i]),
+                "success_once": bool(self.once[i]),
+                "success_at_end": bool(info["success"][i]),
+                "return": float(self.returns[i]),
+                "episode_len": int(info["elapsed_steps"][i]),
+                "furthest_stage": int(info["furthest_stage"][i]),
+                "stage_steps": steps[i].tolist(),
+            }
+            if self.once[i]:
+                row |= {name: float(values[i]) for name, values in self.reported.items()}
+            labels = (self.stages[:, i], self.stage_logprobs[:, i], self.over[:, i])
+            episodes.append(Episode(row, self.films[i], labels))
+        return episodes
 
 
-def draw(rgb: torch.Tensor, stage_name: str, potential: float, success: bool) -> np.ndarray:
-    """A frame (H, W, 3) uint8 at twice its size with the stage, Phi and success written on it."""
-    image = Image.fromarray(rgb.cpu().numpy()).resize((2 * rgb.shape[1], 2 * rgb.shape[0]))
-    pen = ImageDraw.Draw(image)
-    pen.rectangle([0, 0, image.width, 14], fill=(0, 110, 0) if success else (0, 0, 0))
-    pen.text((3, 1), f"{stage_name}  Phi {potential:.2f}{'  success' if success else ''}", fill=(255, 255, 255))
-    return np.asarray(image)
+def overwrite(batch: dict, half: slice, new: dict) -> None:
+    """Writes the tensors of the envs in `half` into those of all envs, where both have a name."""
+    for name in batch.keys() & new.keys():
+        batch[name][half] = new[name]
 
 
-def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
-    """An mp4 grid (4 columns) of episodes, each a list of T frames; written beside its place and renamed."""
-    columns = min(4, len(episodes))
-    episodes = episodes + [[np.zeros_like(frame) for frame in episodes[0]]] * (-len(episodes) % columns)  # black, to fill the last row
-    with imageio.get_writer(path.with_suffix(".tmp.mp4"), fps=10, macro_block_size=None) as writer:
-        for frames in zip(*episodes, strict=True):
-            writer.append_data(np.concatenate([np.concatenate(frames[i : i + columns], 1) for i in range(0, len(frames), columns)], 0))
-    path.with_suffix(".tmp.mp4").rename(path)
+def play_round(model, processor, stats, envs, seeds, texts, separator, num_films) -> list[Episode]:
+    """Plays one episode in each of the N envs, to the registered horizon.
 
-
-def compare_separator(read: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], num_stages: int) -> dict:
-    """The learned separator against the rules, on episodes up to their success, or their end.
-
-    read: per episode the rules' stage (T,), the separator's log-probabilities (T, K) and (T,) bool, true from success on. Returns `causal_accuracy`
-    (share of steps whose most likely stage is the rules': what STA-PPO uses), `viterbi_accuracy` (share of steps in the rules' segment: what STA-TPO
-    uses), `boundary_error` (steps between the two first entries into a stage, mean over the boundaries that both have), `boundary_missed` (share of
-    boundaries that only one of them has) and `num_steps`.
+    stats: see task_stats. seeds, texts: N seeds, and the N instructions that the policy is given.
+    separator: the linear map from the hidden state to stage logits, or None. num_films: how many
+    envs to film, the first ones.
     """
-    causal, viterbi, gaps, single = [], [], [], 0
-    for stage, logprobs, over in read:
-        stage, logprobs = stage[~over] % num_stages, logprobs[~over]  # an episode that begins in success begins in its first stage
-        rules, decoded = segment_stages(stage, num_stages), decode_stages(logprobs)
+    T = envs.task.max_episode_steps
+    K = envs.num_stages
+    n_bins = model.config.n_action_bins
+    device = next(model.parameters()).device
+    # Action dimensions that never vary are not decoded.
+    active = ~vla.constant_dims(stats["action"])
+    played = Round(envs.task, envs.num_envs)
+    obs, info = envs.reset(seed=seeds)
+    for t in range(T + 1):
+        # One half of the envs simulates while the policy acts for the other half.
+        for half in envs.halves:
+            # ---- what the actions of step t - 1 led to ----
+            if t > 0:
+                next_obs, reward, _, truncated, next_info = envs.receive(half)
+                if truncated.all():
+                    # The envs stand at the start of new episodes already.
+                    # The end of the present ones is kept apart.
+                    next_obs = next_info["final_obs"]
+                    next_info = next_info["final_info"]
+                played.add_step(half, reward, next_info)
+                played.add_frames(half, next_obs["rgb"], next_info, num_films)
+                overwrite(obs, half, next_obs)
+                overwrite(info, half, next_info)
+            # ---- act ----
+            if t < T:
+                rgb = obs["rgb"][half]
+                proprio = obs["proprio"][half]
+                inputs = processor(rgb, texts[half], proprio, stats.get("proprio"), device)
+                bins, _, hidden = sample_action(model, inputs, active, greedy=True)
+                if separator is not None:
+                    logits = separator(hidden.float())[:, :K]
+                    played.stage_logprobs[t, half] = logits.log_softmax(-1).cpu()
+                played.stages[t, half] = info["stage"][half].cpu()
+                played.over[t, half] = played.once[half]
+                envs.send(half, vla.detokenize_actions(bins, stats["action"], n_bins))
+    return played.episodes(info)
+
+
+def play_episodes(
+    model, processor, stats, envs, num_episodes, seed, texts, separator, film, progress
+) -> list[Episode]:
+    """Plays `num_episodes` episodes, a round of N at a time, each with a seed of its own.
+
+    seed: of the evaluation. texts: instructions for the policy, in turn. film: keep the frames of
+    the first 16 episodes. The rest: see play_round.
+    """
+    N = envs.num_envs
+    # Training may go on after an evaluation, so both are put back at the end.
+    was_training = model.training
+    num_threads = torch.get_num_threads()
+    model.eval()
+    # The env processes need the cores, so PyTorch computes on one alone.
+    torch.set_num_threads(1)
+    episodes = []
+    while len(episodes) < num_episodes:
+        first = len(episodes)
+        numbers = range(first, first + N)
+        seeds = [EVAL_SEED + (100_000 * seed + i) % 2**31 for i in numbers]
+        # Episode i is given instruction i, and the first one again after the last.
+        words = [texts[i % len(texts)] for i in numbers]
+        num_films = NUM_FILMS - first if film else 0
+        played = play_round(model, processor, stats, envs, seeds, words, separator, num_films)
+        # The last round may play more episodes than are left.
+        played = played[: num_episodes - first]
+        episodes += played
+        progress.update(len(played))
+    model.train(was_training)
+    torch.set_num_threads(num_threads)
+    return episodes
+
+
+# ---- the learned separator ----
+def first_entry(segment: torch.Tensor, k: int) -> int | None:
+    """The first step in stage k or later, of labels (T,). None where there is none."""
+    steps = (segment >= k).nonzero()
+    return int(steps[0]) if len(steps) else None
+
+
+def mean_of(flags: list[torch.Tensor]) -> float:
+    """The share of True in bool tensors, all steps counted alike."""
+    return float(torch.cat(flags).float().mean())
+
+
+def compare_separator(
+    episodes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], num_stages: int
+) -> dict:
+    """The learned separator against the rules, on episodes up to their success or their end.
+
+    episodes: of each the rules' stage (T,), the separator's log-probabilities (T, K), and (T,)
+    bool, true from the first success on. Returns
+    `causal_accuracy`: share of steps whose most likely stage is the rules'. STA-PPO uses these.
+    `viterbi_accuracy`: share of steps in the rules' segment. STA-TPO uses these.
+    `boundary_error`: steps between the two first entries into a stage, the mean over the boundaries
+    that both have; NaN where there is none.
+    `boundary_missed`: share of boundaries that only one of the two has.
+    `num_steps`: how many steps were compared.
+    """
+    causal = []
+    viterbi = []
+    gaps = []
+    num_missed = 0
+    for stage, logprobs, over in episodes:
+        # An episode that begins in success has stage K there: that is its first stage.
+        stage = stage[~over] % num_stages
+        logprobs = logprobs[~over]
+        # Both are labels that never fall.
+        rules = segment_stages(stage, num_stages)
+        decoded = decode_stages(logprobs)
         causal.append(logprobs.argmax(-1) == stage)
         viterbi.append(decoded == rules)
         for k in range(1, num_stages):
-            first = [int((path >= k).float().argmax()) for path in (rules, decoded) if (path >= k).any()]
-            gaps += [abs(first[0] - first[1])] if len(first) == 2 else []
-            single += len(first) == 1
-    share = lambda x: float(torch.cat(x).float().mean())  # noqa: E731
-    return {"causal_accuracy": share(causal), "viterbi_accuracy": share(viterbi), "boundary_error": float(np.mean(gaps or math.nan)),
-            "boundary_missed": single / max(1, single + len(gaps)), "num_steps": sum(map(len, causal))}  # fmt: skip
-
-
-def evaluate(
-    model, processor, env_id: str, num_episodes: int, seed: int, num_envs: int, *, backend: str = "cpu", full_meshes: bool = False, ood: str = "none",
-    instructions: tuple[str, ...] = (), video: Path | None = None, separator: torch.nn.Linear | None = None,
-) -> dict:
-    """Greedy evaluation on full episodes (no termination, no partial reset). A task with a grid of initial configurations has no more episodes than that.
-    Returns `success_once`, `success_at_end`, `return`, `episode_len`, `furthest_stage` (means), `stage_reach_rate` (K,) = share of episodes that
-    completed stage k (the last equals success_once), `stage_steps` (K,) mean steps per episode labelled k, and `episodes`: rows of the same with their
-    seed and what the task reports at success. instructions: words given to the policy, in turn; empty: the task's. video: where to write an mp4 of the
-    first 16 episodes. separator: see compare_separator."""
-    stats, device, was_training = task_stats(model, *stare_utils.env_ids(env_id)), next(model.parameters()).device, model.training
-    task, active = stare_utils.get_task(env_id), ~vla.constant_dims(stats["action"])
-    num_episodes, texts, rows, films, read = min(num_episodes, task.grid or num_episodes), instructions or (task.instruction,), [], [], []
-    envs = make_envs(env_id, min(num_envs, num_episodes), 0, terminate_on_success=False, backend=backend, full_meshes=full_meshes, ood=ood,
-                     image_size=processor.image_size)  # fmt: skip
-    N, K, T, names, threads = envs.num_envs, envs.num_stages, task.max_episode_steps, (*task.stages, "done"), torch.get_num_threads()
-    model.eval()
-    torch.set_num_threads(1)  # the env processes are the parallelism
-    progress = tqdm(total=num_episodes, desc=f"evaluate {env_id}", unit="episode", disable=None)
-
-    def act(t: int, n: slice) -> torch.Tensor:
-        """Actions (n, A) of the envs n, in their own units. Where envs are processes, the other half computes meanwhile."""
-        words = [texts[(len(rows) + i) % len(texts)] for i in range(n.start, n.stop)]
-        bins, _, hidden = sample_action(model, processor(obs["rgb"][n], words, obs["proprio"][n], stats.get("proprio"), device), active, greedy=True)
-        if separator is not None:
-            stage_logprobs[t, n] = separator(hidden.float())[:, :K].log_softmax(-1).cpu()
-        stages[t, n], over[t, n] = info["stage"][n].cpu(), once[n]
-        return vla.detokenize_actions(bins, stats["action"], model.config.n_action_bins)
-
-    while len(rows) < num_episodes:
-        obs, info = envs.reset(seed=[EVAL_SEED + (100_000 * seed + len(rows) + i) % 2**31 for i in range(N)])
-        once, returns, film = torch.zeros(N, dtype=torch.bool), torch.zeros(N), [[] for _ in range(N)]
-        reported = {name: torch.full((N,), math.nan) for name in task.report}
-        # (T, N, ...): stage by the rules, the separator's log-probabilities, over yet
-        stages, stage_logprobs, over = torch.zeros(T, N, dtype=torch.long), torch.zeros(T, N, K), torch.zeros(T, N, dtype=torch.bool)
-        for _, n, now_obs, reward, _, truncated, now in envs.play(act, T):
-            last_obs, now = (now["final_obs"], now["final_info"]) if truncated.all() else (now_obs, now)
-            first = now["success"].cpu() & ~once[n]
-            for name, values in reported.items():
-                values[n] = torch.where(first, now[name].cpu(), values[n])
-            once[n], returns[n] = once[n] | first, returns[n] + reward.cpu()
-            for here, new in ((obs, now_obs), (info, now)):
-                for name in here.keys() & new.keys():
-                    here[name][n] = new[name]
-            for j in range(min(n.stop, 16 - len(films)) - n.start if video else 0):
-                film[n.start + j].append(draw(last_obs["rgb"][j], names[now["stage"][j]], float(now["potential"][j]), bool(now["success"][j])))
-        steps = torch.nn.functional.one_hot(stages, K + 1).sum(0)
-        for i in range(min(N, num_episodes - len(rows))):
-            rows.append({"seed": int(info["seed"][i]), "success_once": bool(once[i]), "success_at_end": bool(info["success"][i]),
-                         "return": float(returns[i]), "episode_len": int(info["elapsed_steps"][i]), "furthest_stage": int(info["furthest_stage"][i]),
-                         "stage_steps": steps[i].tolist(), **{name: float(values[i]) for name, values in reported.items() if once[i]}})  # fmt: skip
-            films.append(film[i])
-            read += [(stages[:, i], stage_logprobs[:, i], over[:, i])] if separator is not None else []
-            progress.update()
-    progress.close()
-    envs.close()
-    model.train(was_training)
-    torch.set_num_threads(threads)
-    if video:
-        write_video(video, films[:16])
-    return mean_rows(rows, K) | ({"separator": compare_separator(read, K)} if read else {})
-
-
-def mean_rows(rows: list[dict], num_stages: int) -> dict:
-    """What evaluate returns, from its rows."""
-    names, furthest = ("success_once", "success_at_end", "return", "episode_len", "furthest_stage"), np.array([row["furthest_stage"] for row in rows])
+            entries = [first_entry(rules, k), first_entry(decoded, k)]
+            found = [step for step in entries if step is not None]
+            if len(found) == 2:
+                gaps.append(abs(found[0] - found[1]))
+            elif len(found) == 1:
+                num_missed += 1
     return {
-        **{name: float(np.mean([row[name] for row in rows])) for name in names},
-        "stage_reach_rate": [float((furthest > k).mean()) for k in range(num_stages)],
-        "stage_steps": np.mean([row["stage_steps"][:num_stages] for row in rows], 0).tolist(),
-        "episodes": rows,
+        "causal_accuracy": mean_of(causal),
+        "viterbi_accuracy": mean_of(viterbi),
+        "boundary_error": float(np.mean(gaps)) if gaps else math.nan,
+        "boundary_missed": num_missed / max(1, num_missed + len(gaps)),
+        "num_steps": sum(len(steps) for steps in causal),
     }
 
 
-def result_table(results: list[dict]) -> str:
-    """Text with a row per result: success with its interval, where the episodes are lost, and the paired difference to the row before."""
-    if len({result["env_id"] for result in results}) > 1:
-        raise UserError(f"these results are of different tasks: {', '.join(result['env_id'] for result in results)}")
-    task = stare_utils.get_task(results[0]["env_id"])
-    columns = " ".join(f"{name:>9s}" for name in task.stages)
-    labels = [", ".join([result["method"], *[result.get("ood")] * (result.get("ood", "none") != "none"), *["other words"] * bool(result.get("instructions"))])
-              for result in results]  # fmt: skip
-    width = max(10, *map(len, labels))
-    lines = [f"{'method':{width}s} {'success_once [95 %]':>22s} {'at_end':>7s}   {columns}   difference to the row above [95 %]"]
-    for before, result, label in zip([None, *results], results, labels, strict=False):
-        n = len(result["episodes"])
-        low, high = wilson(result["success_once"] * n, n)
-        funnel = [rate / last if last else math.nan for last, rate in zip([1, *result["stage_reach_rate"]], result["stage_reach_rate"], strict=False)]
-        line = f"{label:{width}s} {100 * result['success_once']:6.1f} % [{100 * low:4.1f}, {100 * high:5.1f}] {100 * result['success_at_end']:5.1f} %   "
-        line += " ".join(f"{100 * p:7.1f} %" for p in funnel)
-        if before:
-            line += "   {difference:+.3f} [{low:+.3f}, {high:+.3f}], {num_episodes} pairs".format(**paired_difference(before["episodes"], result["episodes"]))
-        lines.append(line)
-        for name in task.report:
-            values = [row[name] for row in result["episodes"] if row["success_once"]]
-            lines.append(f"{'':{width}s} {name} at success: median {np.median(values or math.nan):.3f}, largest {np.max(values, initial=0):.3f}")
-    n = ", ".join(str(len(result["episodes"])) for result in results)
-    lines.append(f"{task.instruction!r}: {n} greedy episodes; a stage's column is P(stage completed | stage before completed)")
-    return "\n".join(lines)
+# ---- the evaluation: the training scripts import this function ----
+def evaluate(
+    model,
+    processor,
+    env_id: str,
+    num_episodes: int,
+    seed: int,
+    num_envs: int,
+    *,
+    backend: str = "cpu",
+    full_meshes: bool = False,
+    ood: str = "none",
+    instructions: tuple[str, ...] = (),
+    video: Path | None = None,
+    separator: torch.nn.Linear | None = None,
+) -> dict:
+    """Evaluates a policy greedily on full episodes: success does not end one.
+
+    A task with a grid of initial configurations has no more episodes than that. instructions: words
+    for the policy, in turn; empty: the task's. video: the mp4 to write. separator: see play_round.
+    Returns what `mean_rows` does, and with a separator what `compare_separator` does, too.
+    """
+    task = get_task(env_id)
+    stats = task_stats(model, *env_ids(env_id))
+    # A grid of 0 means that episodes are drawn at random, as many as are asked for.
+    num_episodes = min(num_episodes, task.grid or num_episodes)
+    texts = instructions or (task.instruction,)
+    envs = make_envs(
+        env_id,
+        min(num_envs, num_episodes),
+        0,
+        terminate_on_success=False,
+        backend=backend,
+        full_meshes=full_meshes,
+        ood=ood,
+        image_size=processor.image_size,
+    )
+    progress = Progress(total=num_episodes, desc=f"evaluate {env_id}", unit="episode")
+    film = video is not None
+    episodes = play_episodes(
+        model, processor, stats, envs, num_episodes, seed, texts, separator, film, progress
+    )
+    progress.close()
+    envs.close()
+    if film:
+        write_video(video, [episode.film for episode in episodes[:NUM_FILMS]])
+    result = mean_rows([episode.row for episode in episodes], envs.num_stages)
+    if separator is not None:
+        labels = [episode.labels for episode in episodes]
+        result["separator"] = compare_separator(labels, envs.num_stages)
+    return result
 
 
-def read_results(path: str) -> dict:
-    """A results.json of this script. Raises UserError on anything else."""
+# ---- the script ----
+def words_for(env_id: str, instruction: str, instruction_set: str) -> tuple[str, ...]:
+    """The instructions to give to the policy in place of the task's own; empty: none."""
+    if instruction:
+        return (instruction,)
+    if instruction_set == "paraphrase":
+        return get_task(env_id).paraphrases
+    return ()
+
+
+def check_task(model, processor, env_id, unnorm_key, words, ood, full_meshes) -> None:
+    """Raises UserError where the policy cannot be evaluated on a task with these flags."""
+    check_world(env_id, full_meshes)
+    task_stats(model, env_id, unnorm_key)
+    if ood == "camera" and not get_task(env_id).views:
+        raise UserError(
+            f"--ood camera: {env_id}'s camera cannot move, because a photograph stands behind its "
+            "scene; use position or lighting"
+        )
+    check_instructions(model, processor, words)
+
+
+def separator_of(folder: Path, trained: dict, env_id: str, device: torch.device):
+    """The learned separator of an SFT checkpoint, None where it has none of this task.
+
+    trained: the checkpoint's args.json.
+    """
+    known = env_id in trained.get("env_id", "").split(",")
+    if not known or not (folder / "separator.safetensors").exists():
+        return None
+    found = load_separator(folder, env_id, device)
+    return found[1] if found else None
+
+
+def git_commit() -> str:
+    """The commit of this repository, "" where there is no git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        result = json.loads(Path(path).read_text())
-        _ = [result[name] for name in ("method", "env_id", "success_once", "success_at_end", "stage_reach_rate")]  # what the comparison reads
-        _ = [(row["seed"], row["success_once"]) for row in result["episodes"]]
-        return result
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"cannot read {path}: --compare takes results.json files written by eval.py") from None
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the place and renames, so that no reader ever sees half a file."""
-    path.with_name(path.name + ".tmp").write_text(text)
-    path.with_name(path.name + ".tmp").replace(path)
+def file_suffix(env_id: str, ood: str, instruction: str, words: tuple[str, ...]) -> str:
+    """What the names of an evaluation's files end in, so that each kind has files of its own.
+
+    env_id: "" where the policy knows one task alone.
+    """
+    # The training conditions are the rule and have no word in the names.
+    kinds = []
+    if env_id:
+        kinds.append(env_id)
+    if ood != "none":
+        kinds.append(ood)
+    if instruction:
+        kinds.append("own_words")
+    elif words:
+        kinds.append("other_words")
+    return "".join(f"_{kind}" for kind in kinds)
 
 
-def write_summary(run: Path, name: str, row: dict, trained: dict, table: str) -> None:
-    """`summary.md` in a run's folder: the table, where the episodes are lost (stages.png), the curves of its TensorBoard files (curves.png), commands and
-    versions. Further results of the run (name) have a summary of their own."""
-    from matplotlib.figure import Figure  # a second of start-up, which training scripts do without
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def describe(means, env_id, trained, method, ood, words, commit, seconds) -> dict:
+    """A result: what evaluate returned, behind the policy and the conditions that gave it.
 
-    suffix, stages = name.removeprefix("results"), stare_utils.get_task(row["env_id"]).stages
-    figure = Figure((6, 3), layout="constrained")
-    figure.add_subplot(ylabel="episodes that completed it, %", ylim=(0, 100)).bar(stages, 100 * np.array(row["stage_reach_rate"]))
-    figure.savefig(run / f"stages{suffix}.png")
-    events = EventAccumulator(str(run)).Reload()
-    shown = [key for key in CURVES if key in events.Tags()["scalars"]]
-    if shown:
-        figure = Figure((3 * len(shown), 2.4), layout="constrained")
-        for axis, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            axis.plot(*zip(*((event.step, event.value) for event in events.Scalars(key)), strict=True))
-            axis.set_title(key, fontsize=9)
-        figure.savefig(run / "curves.png")
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "mani_skill", "sapien", "numpy"))
-    text = f"# {row['method']} on {row['env_id']}\n\n```\n{table}\n```\n\n![stages](stages{suffix}.png)\n\n" + "![curves](curves.png)\n\n" * bool(shown)
-    text += f"Trained by `{trained.get('command', 'unknown')}` ({trained.get('env_steps')} env steps, {trained.get('wall_s')} s), evaluated by "
-    text += f"`{row['command']}` at commit {row['commit'] or 'unknown'}. Python {sys.version.split()[0]}, {versions}. Every flag: checkpoint/args.json.\n"
-    write_text(run / f"summary{suffix}.md", text)
+    trained: the checkpoint's args.json. words: the instructions given. seconds: it took.
+    """
+    return {
+        "method": method or trained.get("method", ""),
+        "env_id": env_id,
+        # The seed, the env steps and the time are those of the training.
+        "seed": trained.get("seed"),
+        "num_episodes": len(means["episodes"]),
+        "env_steps": trained.get("env_steps"),
+        "wall_s": trained.get("wall_s"),
+        "eval_wall_s": round(seconds, 1),
+        "ood": ood,
+        "instructions": words,
+        "commit": commit,
+        "command": " ".join(["python", *sys.argv]),
+        **means,
+    }
+
+
+def report(output: Path, suffix: str, result: dict, trained: dict, video: Path | None) -> None:
+    """Prints a result and writes its files. trained: the checkpoint's args.json."""
+    results = output / f"results{suffix}.json"
+    summary = output / f"summary{suffix}.md"
+    table = result_table([result])
+    print(table)
+    write_summary(output, f"results{suffix}", result, trained, table)
+    # The result comes last: where it is, the other files are complete.
+    write_text(results, json.dumps(result))
+    if "separator" in result:
+        print(separator_line(result["separator"]))
+    line = f"wrote {results}, {summary}"
+    if video:
+        line += f" and {video}"
+    print(line)
 
 
 def main(args: Args) -> None:
+    # ---- check ----
     if args.compare:
-        return print(result_table([read_results(path) for path in args.compare]))
+        print(result_table([read_results(path) for path in args.compare]))
+        return
     if args.vla and not (args.env_id and args.output_dir):
         raise UserError("--vla needs --env-id, and --output-dir for the results")
     if not (args.vla or args.checkpoint):
-        raise UserError("--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote")
-    stare_utils.check_args(asdict(args), {"num_eval_episodes": 1, "num_envs": 1})
+        raise UserError(
+            "--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote"
+        )
+    check_numbers(asdict(args), {"num_eval_episodes": 1, "num_envs": 1})
+
+    # ---- load ----
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     model, processor, folder = load_policy(args.vla or args.checkpoint, device)
-    ours = [key for key in model.config.norm_stats if key in stare_utils.TASKS]  # an OpenVLA's data sets stand there too
-    env_ids = stare_utils.env_ids(args.env_id or ",".join(ours or model.config.norm_stats))
+    # An OpenVLA's norm_stats name its data sets too.
+    known = list(model.config.norm_stats)
+    tasks = env_ids(args.env_id or ",".join([name for name in known if name in TASKS] or known))
     texts = {}
-    for env_id in env_ids:
-        stare_utils.check_world(env_id, args.full_meshes)
-        task_stats(model, env_id, args.unnorm_key)
-        if args.ood == "camera" and not stare_utils.get_task(env_id).views:
-            raise UserError(f"--ood camera: {env_id}'s camera cannot move, a photograph stands behind its scene; use position or lighting")
-        texts[env_id] = (args.instruction,) if args.instruction else stare_utils.get_task(env_id).paraphrases if args.instruction_set == "paraphrase" else ()
-        check_instructions(model, processor, texts[env_id])
-    output = Path(args.output_dir or (folder.parent if folder.name == "checkpoint" else folder))
+    for env_id in tasks:
+        words = words_for(env_id, args.instruction, args.instruction_set)
+        check_task(model, processor, env_id, args.unnorm_key, words, args.ood, args.full_meshes)
+        texts[env_id] = words
+    # A published OpenVLA has no args.json.
+    settings = folder / "args.json"
+    trained = dict(json.loads(settings.read_text())) if settings.exists() else {}
+
+    # ---- evaluate ----
+    run = folder.parent if folder.name == "checkpoint" else folder
+    output = Path(args.output_dir or run)
     output.mkdir(parents=True, exist_ok=True)
-    trained = dict(json.loads((folder / "args.json").read_text())) if (folder / "args.json").exists() else {}
-    commit = ""
-    with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    for env_id in env_ids:
+    # The commit is read now, because an evaluation takes long and HEAD may move.
+    commit = git_commit()
+    for env_id in tasks:
         start = time.time()
-        known = (folder / "separator.safetensors").exists() and env_id in trained.get("env_id", "").split(",")
-        _, separator = known and vla.load_separator(folder, env_id, device) or (None, None)
-        # each task, --ood and other words have files of their own
-        words = ["own_words"] if args.instruction else ["other_words"] * bool(texts[env_id])
-        kinds = [env_id] * (len(model.config.norm_stats) > 1) + [args.ood] * (args.ood != "none") + words
-        name = "_".join(["results", *kinds])
-        video = output / f"{name.replace('results', 'video')}.mp4" if args.capture_video else None
-        result = evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend,
-                          full_meshes=args.full_meshes, ood=args.ood, instructions=texts[env_id], video=video, separator=separator)  # fmt: skip
-        row = {"method": args.method or trained.get("method", ""), "env_id": env_id, "seed": trained.get("seed"), "num_episodes": len(result["episodes"]),
-               "env_steps": trained.get("env_steps"), "wall_s": trained.get("wall_s"), "eval_wall_s": round(time.time() - start, 1), "ood": args.ood,
-               "instructions": texts[env_id], "commit": commit, "command": " ".join(["python", *sys.argv])}  # fmt: skip
-        print(table := result_table([{**row, **result}]))
-        write_summary(output, name, {**row, **result}, trained, table)
-        write_text(output / f"{name}.json", json.dumps({**row, **result}))  # last: who finds it finds all
-        if separator is not None:
-            print("learned separator against the rules: causal {causal_accuracy:.3f}, Viterbi {viterbi_accuracy:.3f} of {num_steps} steps right; boundaries "
-                  "{boundary_error:.2f} steps off, {boundary_missed:.3f} of them missed or made up".format(**result["separator"]))  # fmt: skip
-        print(f"wrote {output / name}.json, {output / name.replace('results', 'summary')}.md" + (f" and {video}" if video else ""))
+        # A policy of one task needs no task in the names of its files.
+        task_name = env_id if len(model.config.norm_stats) > 1 else ""
+        suffix = file_suffix(task_name, args.ood, args.instruction, texts[env_id])
+        video = output / f"video{suffix}.mp4" if args.capture_video else None
+        means = evaluate(
+            model,
+            processor,
+            env_id,
+            args.num_eval_episodes,
+            args.seed,
+            args.num_envs,
+            backend=args.backend,
+            full_meshes=args.full_meshes,
+            ood=args.ood,
+            instructions=texts[env_id],
+            video=video,
+            separator=separator_of(folder, trained, env_id, device),
+        )
+        seconds = time.time() - start
+        result = describe(
+            means, env_id, trained, args.method, args.ood, texts[env_id], commit, seconds
+        )
+        report(output, suffix, result, trained, video)
 
 
 if __name__ == "__main__":
-    with stare_utils.one_line_errors():
+    with one_line_errors():
         main(tyro.cli(Args))

@@ -1,44 +1,70 @@
 """Imitation, step 1 of IPI: a VLA learns the demonstrations' actions as tokens.
 
-    python sft.py --env-id PickCube-v1                        # makes demonstrations with the scripted expert, then trains
-    python sft.py --env-id PickCube-v1 --demo-path demos.h5   # ManiSkill's own trajectory format, seen anew through our cameras
-    python sft.py --env-id PickCube-v1,PushCube-v1            # one VLA for several tasks, told apart by their instructions
+    python sft.py --env-id PickCube-v1
+        the scripted expert makes demonstrations, then the policy is trained on them
+    python sft.py --env-id PickCube-v1 --demo-path demos.h5
+        ManiSkill's own trajectory format, seen through our cameras
+    python sft.py --env-id PickCube-v1,PushCube-v1
+        one VLA for several tasks, told apart by their instructions
 
-loss = -mean over samples of [ sum over active action tokens of log pi(token | image, proprioception, instruction, tokens before) ] / (active tokens)
-       + c_aux * smooth L1 distance between a linear read-out of the hidden state and where object and goal are, and the turn that the tool lacks
-Equations, choices, what differs from OpenVLA's recipe: docs/sft.md.
-Letters: B batch, M frames, A action tokens, D hidden width.
+    loss = -mean over samples of
+               [sum over active action tokens of log pi(token | observation, instruction, tokens
+               before)] / (number of active tokens)
+           + c_aux * smooth L1 distance between a linear read-out of the hidden state and
+               where object and goal are, and how far the tool must turn
+
+An action dimension is active if it varies in the demonstrations. docs/sft.md has the equations, the
+choices, and what differs from OpenVLA's recipe. The line marked STARE trains the learned separator.
+Letters: B batch, M frames of all demonstrations, A action tokens, D hidden width, K stages.
 """
-import json
+
 import os
-import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
-import h5py
+# Idle OpenMP threads must sleep. Spinning ones take the cores from the env processes, and a forward
+# pass is then 20 times slower. The variable is read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from mani_skill.trajectory import utils as trajectory_utils
-from safetensors.torch import load_file, save_file
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm, trange
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from safetensors.torch import load_file
+from transformers import set_seed
 
 import vla
 from eval import evaluate
-from stare_utils import TASKS, TRAIN_SEEDS, ScriptedExpert, Stop, UserError, make_envs
+from plumbing import parallel
+from plumbing.checkpoint import (
+    check_instructions,
+    fingerprint,
+    load_policy,
+    model_folder,
+    save_checkpoint,
+)
+from plumbing.run import (
+    Metrics,
+    Progress,
+    Run,
+    Stop,
+    check_numbers,
+    one_line_errors,
+    refuse_nan,
+)
+from world.assets import check_world
+from world.demos import collect_demos, read_demos
+from world.tasks import TASKS, UserError, env_ids
+
+LOG_FREQ = 50  # updates between two rows of the log
+METRICS = ("ce", "aux", "token_accuracy", "action_l1", "stage_accuracy", "grad_norm")
 
 
 @dataclass
 class Args:
+    # the run
     seed: int = 1
     """seed of initialisation, data order and demonstrations"""
     cuda: bool = True
@@ -46,12 +72,15 @@ class Args:
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
     output_dir: str = ""
-    """run folder: checkpoint/, TensorBoard files, demonstrations; empty: runs/{env_id}__sft__{seed}__{time}"""
+    """run folder with checkpoint/, TensorBoard files and demonstrations; empty:
+    runs/{env_id}__sft__{seed}__{time}"""
     resume: bool = False
     """go on from the checkpoint in --output-dir, if there is one"""
 
+    # the policy and the tasks
     vla: str = "tiny"
-    """`tiny` (from scratch), a checkpoint folder, or an OpenVLA: its folder in the published layout, or its hub id"""
+    """`tiny` (from scratch), a checkpoint folder, or an OpenVLA: its folder in the published
+    layout, or its hub id"""
     env_id: str = "PickCube-v1"
     """task, or several with commas between them"""
     num_envs: int = 8
@@ -59,392 +88,464 @@ class Args:
     backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
 
+    # demonstrations
     demo_path: str = ""
-    """ManiSkill .h5 (its .json beside it), one per task with commas between; empty: the scripted expert makes `num_demos` demonstrations"""
+    """ManiSkill .h5 with its .json beside it, one per task with commas between them; empty: the
+    scripted expert makes `num_demos` demonstrations"""
     num_demos: int = 1000
-    """demonstrations of each task that the expert makes, or the most that are read from --demo-path"""
+    """demonstrations of each task that the expert makes, or the most to read from --demo-path"""
     demo_speed: float = 0.4
-    """the expert moves by at most this share of its largest step along each axis: demonstrations are slow, as people's are; 1 is the expert itself"""
+    """largest share of the expert's largest step along each axis: demonstrations are slow, as
+    people's are; 1 is the expert itself"""
     demo_noise: float = 0.1
-    """deviation of the noise on the executed motion (shares of the largest step; every other step, at random); labels stay clean (DART, Laskey 2017)"""
+    """deviation of the noise on the executed motion, in shares of the largest step, on a random
+    half of the steps; labels stay clean (DART, Laskey 2017)"""
     demo_slip: float = 0.02
-    """chance per step that the expert plays a wrong stage for 3 to 8 steps (closes on air, drops the object); the label stays the right action"""
+    """chance per step that the expert plays a wrong stage for 3 to 8 steps, for example closes on
+    air or drops the object; the label stays the right action"""
     demo_pause: float = 0.04
-    """chance per step that the expert stands still for 2 to 6 steps, as people do. Pauses are labels too: imitation copies, reinforcement unlearns them"""
+    """chance per step that the expert stands still for 2 to 6 steps, as people do. Pauses are
+    labels too: imitation copies them, reinforcement removes them"""
     demo_twist: int = 0
-    """a demonstration begins with up to this many steps in which the tool turns to a random side: where its own pose tells how the object lies, nobody looks"""
+    """a demonstration begins with up to this many steps in which the tool turns to a random side.
+    Otherwise the tool's own pose may tell how the object lies, and the policy need not look"""
 
+    # the optimiser
     lora_rank: int = 0
-    """0 trains all weights; else LoRA matrices of this rank on the linear layers (not the vocabulary's head), merged into what is written"""
+    """0 trains all weights; else LoRA matrices of this rank, merged into what is written"""
     learning_rate: float = 1e-3
-    """peak of the schedule: linear warm-up of 100 updates, then cosine to zero"""
+    """AdamW, peak of the schedule: linear warm-up of 100 updates, then cosine to zero"""
     num_updates: int = 2500
     """optimiser steps; a few hundred learn nothing from scratch"""
     batch_size: int = 64
     """frames per optimiser step, of each process"""
     chunk_size: int = 128
-    """steps or frames per forward and backward pass of an update: bounds its memory, changes no result"""
+    """steps or frames per forward and backward pass: bounds memory, changes no result"""
     gradient_checkpointing: bool = False
-    """compute a layer's activations anew in the backward pass instead of keeping them: less memory, a third more computation"""
+    """compute a layer's activations again in the backward pass: less memory, a third more work"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
 
+    # the loss
     label_jitter: float = 4.0
-    """deviation, in bins, of noise on each target but the gripper's at every draw: a soft target over neighbouring bins, for a policy that explores"""
+    """deviation, in bins, of noise on each target except the gripper's: a soft target over
+    neighbouring bins, for a policy that explores"""
     aux_coef: float = 5.0
-    """weight of the auxiliary loss: the hidden state also tells where things are and how they lie: the tiny model learns to see; 0: cross-entropy alone"""
+    """c_aux: weight of the auxiliary loss, by which the tiny model learns to see; 0: cross-entropy
+    alone"""
 
+    # saving and evaluating
     save_freq: int = 500
     """optimiser steps between checkpoints"""
     num_eval_episodes: int = 16
     """episodes of the evaluation at the end; 0 leaves it out"""
 
 
-def join_processes(cuda: bool) -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device, of a data-parallel job that `torchrun` started or of this process alone. Rank 0 alone prints and writes."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = cuda and torch.cuda.is_available()
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))  # the others wait while rank 0 makes demonstrations or evaluates
-        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
-        if cuda:
-            torch.cuda.set_device(local)
-    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-def sum_over_processes(tensors: list[torch.Tensor | None]) -> None:
-    """Sums tensors (None: a weight that has no gradient) over the processes of a data-parallel job, in place."""
-    for x in tensors if dist.is_initialized() else ():
-        if x is not None:
-            dist.all_reduce(x)
-
-
-def open_run(args, script: str, rank: int, step: int) -> tuple[Path, SummaryWriter | None]:
-    """The run folder and, of rank 0, its TensorBoard writer, without what was logged after `step`. Raises UserError when the folder holds a run already."""
-    if args.resume and not args.output_dir:
-        raise UserError("--resume needs the run's --output-dir")
-    name = [args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}"]
-    if rank > 0:
-        dist.broadcast_object_list(name)  # once rank 0 has made it
-        return Path(name[0]), None
-    output = Path(name[0])
-    output.mkdir(parents=True, exist_ok=True)
-    stare_utils.lock_run(output)
-    if any(output.iterdir()) and not args.resume:
-        raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
-    if (file := output / "checkpoint" / "args.json").exists():
-        before, ignored = json.loads(file.read_text()), ("resume", "checkpoint", "output_dir")
-        changed = [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
-                   if name not in ignored and before.get(name, value) != value]  # fmt: skip
-        print("resumed" + f" with other settings than before: {', '.join(changed)}" * bool(changed))
-    if args.track:
-        import wandb
-
-        wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(output, purge_step=step + 1)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
-    if dist.is_initialized():
-        dist.broadcast_object_list(name)
-    return output, writer
-
-
-def save_checkpoint(output: Path, model, processor, args: dict, state: dict, optimizer=None, heads: dict = {}) -> None:  # noqa: B006
-    """Writes output/checkpoint: model with its statistics, processor, args.json, each head by its name, and the training state (vla.write_state). The
-    folder is written beside its place and renamed, so a run that dies while saving keeps the one before, which stays as checkpoint.old."""
-    new, old = output / "checkpoint.new", output / "checkpoint.old"
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    processor.save_pretrained(new)
-    (new / "args.json").write_text(json.dumps({**args, "command": " ".join(["python", *sys.argv])}, indent=1))
-    for name, head in heads.items():
-        save_file(head.state_dict(), new / f"{name}.safetensors")
-    vla.write_state(new, state, optimizer.state_dict()["state"] if optimizer else {}, model if args.get("lora_rank") else None)
-    if (output / "checkpoint").exists():
-        shutil.rmtree(old, ignore_errors=True)
-        (output / "checkpoint").rename(old)
-    new.rename(output / "checkpoint")
-
-
-def load_state(output: Path, script: str, rank: int = 0) -> dict | None:
-    """The training state of output/checkpoint, of the one before where that is missing or damaged; None where there is neither (every update seeds its own
-    random numbers). No other process may be at work there. Raises UserError when the state is another script's, or damaged too."""
-    folder, state = output / "checkpoint", None
-    if rank == 0 and output.is_dir():
-        stare_utils.lock_run(output)
-        vla.recover(output)
-    if dist.is_initialized():
-        dist.barrier()
-    if folder.exists() and (state := vla.read_state(folder)).get("script") != script:
-        raise UserError(f"{folder} is {state.get('damaged') or 'of ' + state.get('script', 'another script')}, not of {script}: choose another --output-dir")
-    return state
-
-
-def load_policy(checkpoint: str, device: torch.device, origin: str = ""):
-    """Model, processor and folder of a checkpoint (its folder, its run's, or a hub id). UserError: it is not ours, or no longer that of this fingerprint."""
-    folder = vla.model_folder(checkpoint)
-    try:
-        vla.check_folder(folder, origin)
-        return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
-    except Exception as error:  # a file may hold anything
-        raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
-
-
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
-    """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
+    """Log-probability of given actions in one teacher-forced pass.
 
-    inputs: the processor's; bins: (B, A) long; active: (A,) or (B, A) bool. Returns logprob (B,) fp32 = sum over active tokens,
-    entropy (B,) likewise, hidden (B, D) at the token before the first action token, greedy (B, A) = the most likely bins.
+    It is the same function of the weights as `sample_action`. inputs: what the processor returns.
+    bins: (B, A) long. active: (A,) or (B, A) bool. Returns logprob (B,) fp32 (the sum over active
+    tokens), entropy (B,) likewise, hidden (B, D) at the token before the first action token, and
+    greedy (B, A), the most likely bins.
     """
-    end, n, A = model.config.action_id_end, model.config.n_action_bins, bins.shape[-1]
-    ids = torch.cat([inputs["input_ids"], end - 1 - bins[:, :-1]], 1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
-    out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
-    logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
-    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active.to(bins.device)).sum(-1)
-    entropy = (-(logp.exp() * logp).sum(-1) * active.to(bins.device)).sum(-1)
-    assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action: anything else would broadcast"
+    end = model.config.action_id_end
+    n_bins = model.config.n_action_bins
+    A = bins.shape[1]
+    # The last action token is fed to no one: nothing comes after it.
+    tokens = end - 1 - bins[:, :-1]
+    ids = torch.cat([inputs["input_ids"], tokens], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
+    inputs = {**inputs, "input_ids": ids, "attention_mask": mask}
+    out = model(**inputs, logits_to_keep=A)
+    # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+    logits = out.logits[..., end - n_bins : end].flip(-1)
+    logp = logits.float().log_softmax(-1)  # (B, A, n_bins)
+    active = active.to(bins.device)
+    chosen_logp = logp.gather(-1, bins[..., None])[..., 0]  # (B, A)
+    logprob = (chosen_logp * active).sum(-1)
+    entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
+    assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action"
     return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
 
 
-def check_instructions(model, processor, texts: list[str]) -> None:
-    """Raises UserError when an instruction leaves no room for the action tokens in the model's context."""
-    for text in texts:
-        length, room = len(processor.prompt_ids(text)), model.text_room()
-        if length > room:
-            raise UserError(f"the instruction {text[:40]!r}... has {length} tokens, the model has room for {room}: shorten it")
+# ---- demonstrations ----
+@dataclass
+class Frames:
+    """The frames of all tasks' demonstrations, in one flat list of M."""
+
+    rgb: torch.Tensor  # (M, H, W, 3) uint8
+    proprio: torch.Tensor  # (M, 8)
+    bins: torch.Tensor  # (M, A) long: the action, as tokens
+    geometry: torch.Tensor  # (M, 8): where object and goal are, see world.tasks.geometry
+    stage: torch.Tensor  # (M,) long, -1 where it is unknown
+    task: torch.Tensor  # (M,) long: index of the frame's task
+    active: torch.Tensor  # (tasks, A) bool: which action dimensions vary in a task
 
 
-def collect_demos(path: Path, env_id: str, args: Args, image_size: int) -> None:
-    """Runs the scripted expert until `num_demos` episodes have succeeded and writes them as ManiSkill does: `traj_i` groups with
-    `actions` (executed, T x A), `obs` (T + 1 rows) and `success`, plus `expert_actions` (T x A, the clean labels), `geometry` (T x 8) and `stage` (T)."""
-    task = TASKS[env_id]
-    horizon, limit = 2 * task.max_episode_steps, torch.tensor(task.arm.limit)  # who is slow and errs needs time
-    envs = make_envs(env_id, args.num_envs, args.seed, backend=args.backend, max_episode_steps=horizon, image_size=image_size)
-    expert, episodes, kept, failures = ScriptedExpert(envs), [[] for _ in range(args.num_envs)], [], 0
-    rng, K = np.random.default_rng(args.seed), envs.num_stages
-    slip, slip_left, pause_left, twist = (torch.zeros(args.num_envs, dtype=torch.long) for _ in range(4))
-    obs, info = envs.reset(seed=[int(s) for s in rng.integers(TRAIN_SEEDS, size=args.num_envs)])
-    progress = tqdm(total=args.num_demos, desc=f"{env_id} demonstrations", unit="episode", disable=None)
-    with h5py.File(path.with_suffix(".tmp"), "w") as file:
-        while len(kept) < args.num_demos:
-            begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_slip) & (slip_left == 0)
-            slip[begin], slip_left[begin] = (torch.from_numpy(rng.integers(*span, args.num_envs))[begin] for span in ((1, K), (3, 9)))
-            label, played = expert.act().cpu(), expert.act(slip * (slip_left > 0)).cpu()
-            label[:, :3], played[:, :3] = (move[:, :3].clamp(-args.demo_speed * limit[:3], args.demo_speed * limit[:3]) for move in (label, played))
-            noise = torch.from_numpy(rng.normal(0, args.demo_noise, label.shape)).float() * (torch.arange(len(limit)) < 3)  # a turned wrist it hardly mends
-            twist = torch.where(info["elapsed_steps"].cpu() == 0, torch.from_numpy(rng.integers(-args.demo_twist, args.demo_twist + 1, args.num_envs)), twist)
-            played[:, 5] = torch.where(info["elapsed_steps"].cpu() < twist.abs(), twist.sign() * limit[5], played[:, 5])
-            action = (played + limit * noise * torch.from_numpy(rng.random((args.num_envs, 1)) < 0.5)).clamp(-limit, limit)
-            begin = torch.from_numpy(rng.random(args.num_envs) < args.demo_pause) & (slip_left == 0) & (pause_left == 0)
-            pause_left[begin] = torch.from_numpy(rng.integers(2, 7, args.num_envs))[begin]
-            label[pause_left > 0, :-1] = 0
-            action[pause_left > 0] = label[pause_left > 0]
-            slip_left, pause_left = (slip_left - 1).clamp(min=0), (pause_left - 1).clamp(min=0)
-            next_obs, _, _, _, next_info = envs.step(action)
-            seen = [x.cpu() for x in (obs["rgb"], obs["proprio"], action, label, info["geometry"], info["stage"])]
-            for i, ended in enumerate(next_info["_final_info"].tolist()):
-                episodes[i].append([x[i] for x in seen])
-                if ended:
-                    if next_info["final_info"]["success"][i] and len(kept) < args.num_demos:
-                        rgb, proprio, actions, labels, where, stage = (torch.stack(x).numpy() for x in zip(*episodes[i], strict=True))
-                        group, final = file.create_group(f"traj_{len(kept)}"), next_info["final_obs"]
-                        rgb, proprio = (np.concatenate([x, final[name][i][None].cpu()]) for x, name in ((rgb, "rgb"), (proprio, "proprio")))
-                        group.create_dataset("obs/sensor_data/base_camera/rgb", data=rgb, compression="lzf")
-                        group["obs/proprio"], group["success"] = proprio, np.arange(1, len(actions) + 1) == len(actions)
-                        group["actions"], group["expert_actions"], group["geometry"], group["stage"] = actions, labels, where, stage
-                        kept.append({"episode_id": len(kept), "episode_seed": int(info["seed"][i]), "control_mode": task.arm.control_mode,
-                                     "elapsed_steps": len(actions), "success": True})  # fmt: skip
-                        progress.update()
-                    failures += not next_info["final_info"]["success"][i]
-                    episodes[i], slip_left[i], pause_left[i] = [], 0, 0
-            if failures > 20 + 10 * len(kept):
-                envs.close()
-                raise UserError(f"the expert failed in {failures} episodes and solved {len(kept)}: raise --demo-speed, lower --demo-noise or --demo-slip")
-            obs, info = next_obs, next_info
-    progress.close()
-    envs.close()
-    meta = {"env_info": {"env_id": env_id, "max_episode_steps": horizon}, "source_type": "scripted", "episodes": kept}
-    path.with_suffix(".json").write_text(json.dumps(meta))
-    path.with_suffix(".tmp").rename(path)
+def read_files(args: Args, ids: list[str], image_size: int) -> list:
+    """The demonstrations of --demo-path, per task; an empty list where there are none."""
+    # One file per task, in the same order.
+    demos = []
+    paths = [Path(path) for path in args.demo_path.split(",") if path]
+    for path, env_id in zip(paths, ids):
+        demos.append(read_demos(path, env_id, args.num_demos, image_size, Progress))
+    return demos
 
 
-def read_demos(path: Path, env_id: str, num_demos: int, image_size: int = stare_utils.IMAGE_SIZE) -> tuple[torch.Tensor, ...]:
-    """Frames (M, H, W, 3) uint8, proprioception (M, 8), actions (M, A), geometry (M, 8) and stage labels (M,) of the first `num_demos` successful episodes
-    of a ManiSkill .h5. Episodes that sft.py did not record are put back into the simulator state by state and seen through our camera; their stage is -1,
-    unknown, for contact forces are not recorded. Raises UserError on a file of another env or control mode, or one that does not hold what it should."""
-    mode, frames, env = TASKS[env_id].arm.control_mode, [], None
-    try:
-        meta = json.loads(path.with_suffix(".json").read_text())
-        if meta["env_info"]["env_id"] != env_id:
-            raise UserError(f"{path} holds {meta['env_info']['env_id']} demonstrations, not {env_id}")
-        episodes = [episode for episode in meta["episodes"] if episode.get("success", True)][:num_demos]
-        if not episodes:
-            raise UserError(f"{path} holds no successful episode")
-        with h5py.File(path) as file:
-            for episode in tqdm(episodes, desc="read demonstrations", unit="episode", disable=None):
-                group = file.get(f"traj_{episode['episode_id']}", {})
-                if "actions" not in group:
-                    raise UserError(f"{path} has no actions for episode {episode['episode_id']}: it is not a ManiSkill trajectory file")
-                if episode.get("control_mode") != mode:
-                    raise UserError(f"{path} has control mode {episode.get('control_mode')}, {env_id} needs {mode}: convert it with "
-                                    f"`python -m mani_skill.trajectory.replay_trajectory --traj-path {path} -c {mode} --save-traj`")  # fmt: skip
-                actions = group.get("expert_actions", group["actions"])[:]
-                if "geometry" in group:
-                    rgb, proprio, where = group["obs/sensor_data/base_camera/rgb"][:-1], group["obs/proprio"][:-1], group["geometry"][:]
-                elif "env_states" in group:
-                    env = env or stare_utils.StageEnv(env_id, 1, "cpu", 0, image_size=image_size)
-                    env.reset(episode.get("episode_seed"))  # objects' sizes belong to the episode
-                    states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[: len(actions)]
-                    seen = [env.observe_state(state) for state in states]
-                    rgb, proprio, where = (np.concatenate([obs[name] for obs in seen]) for name in ("rgb", "proprio", "geometry"))
-                else:
-                    raise UserError(f"{path} has neither images of our camera nor env_states: record it again with sft.py or with ManiSkill's RecordEpisode")
-                stage = group["stage"][:].astype(np.int64) if "stage" in group else np.full(len(where), -1)
-                stage[(stage < 0) | (stage >= len(TASKS[env_id].stages))] = -1  # some episodes begin in success, which is no stage
-                T, numbers = len(actions), [(proprio, 8), (actions, len(TASKS[env_id].arm.limit)), (where, 8)]
-                if (T == 0 or rgb.shape != (T, image_size, image_size, 3) or rgb.dtype != np.uint8 or stage.shape != (T,)
-                        or any(x.shape != (T, width) or not np.isfinite(x).all() for x, width in numbers)):  # fmt: skip
-                    raise UserError(f"{path} episode {episode['episode_id']}: wrong shapes, or numbers that are none: record it again for this policy")
-                frames.append((rgb, proprio, actions, where, stage))
-        horizon = TASKS[env_id].max_episode_steps
-        if (late := sum(len(part[0]) > horizon for part in frames)) > 0.1 * len(frames):
-            print(f"warning: {late} of {len(frames)} demonstrations of {env_id} take longer than its episodes of {horizon} steps: raise --demo-speed")
-        return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*frames, strict=True))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(f"cannot read {path} with {path.with_suffix('.json').name} beside it: {type(error).__name__} {str(error).splitlines()[:1]}") from None
+def make_demos(args: Args, ids: list[str], folder: Path, image_size: int, rank: int) -> list:
+    """The demonstrations that the scripted expert makes in the run's folder, per task."""
+    demos = []
+    for env_id in ids:
+        file = folder / f"demos_{env_id}.h5"
+        if file.exists():
+            print(
+                f"{file} is there: --num-demos and the other --demo flags are those that it was "
+                "made with"
+            )
+        elif rank == 0:
+            collect_demos(
+                file,
+                env_id,
+                args.num_demos,
+                args.num_envs,
+                args.seed,
+                speed=args.demo_speed,
+                noise=args.demo_noise,
+                slip=args.demo_slip,
+                pause=args.demo_pause,
+                twist=args.demo_twist,
+                backend=args.backend,
+                image_size=image_size,
+                progress=Progress,
+            )
+        # The other processes wait for the file.
+        parallel.barrier()
+        demos.append(read_demos(file, env_id, args.num_demos, image_size, Progress))
+    return demos
 
 
 def action_stats(actions: torch.Tensor, env_id: str) -> dict:
-    """The `action` entry of `norm_stats`: the largest actions of the task's expert, or the demonstrations', where these move at all, else the constant, so
-    that reinforcement learning may leave the demonstrations' range; the percentiles of OpenVLA would clip it to what the expert did."""
-    low, high, limit = actions.amin(0), actions.amax(0), torch.maximum(torch.tensor(TASKS[env_id].arm.limit), actions.abs().amax(0))
-    constant, middle = high - low < 1e-3 * limit, (low + high) / 2
-    return {"q01": torch.where(constant, middle, -limit).tolist(), "q99": torch.where(constant, middle, limit).tolist(), "mask": [True] * len(low)}
+    """The `action` entry of `norm_stats`. actions: (M, A).
+
+    The range is that of the task's expert, or the demonstrations' where theirs is larger, so that
+    reinforcement learning may leave the demonstrations' range. OpenVLA's percentiles would clip the
+    policy to what the expert did. A dimension that does not vary is its constant.
+    """
+    low = actions.amin(0)
+    high = actions.amax(0)
+    # The range is the same to both sides, so that the middle bin is rest.
+    limit = torch.tensor(TASKS[env_id].arm.limit)
+    limit = torch.maximum(limit, actions.abs().amax(0))
+    constant = high - low < 1e-3 * limit
+    middle = (low + high) / 2
+    return {
+        "q01": torch.where(constant, middle, -limit).tolist(),
+        "q99": torch.where(constant, middle, limit).tolist(),
+        "mask": [True] * len(low),
+    }
 
 
-def main(args: Args) -> None:
-    start = time.time()
-    env_ids = stare_utils.env_ids(args.env_id)
-    args.env_id, paths = ",".join(env_ids), [Path(path) for path in args.demo_path.split(",") if path]
-    stare_utils.check_args(asdict(args), dict.fromkeys(("num_envs", "num_demos", "num_updates", "batch_size", "chunk_size", "save_freq"), 1))
-    if paths and len(paths) != len(env_ids):
-        raise UserError(f"--demo-path names {len(paths)} files for {len(env_ids)} tasks: give one for each, in the same order")
-    rank, world, device = join_processes(args.cuda)
+def add_statistics(model, ids: list[str], demos: list) -> list[dict]:
+    """Adds the tasks' statistics to the model's, and returns them.
+
+    A policy keeps the units in which it was trained: those of its proprioception, and those of the
+    actions of each task that it knows.
+    """
+    known = model.config.norm_stats
+    proprio = torch.cat([demo[1] for demo in demos])
+    proprio_stats = {
+        "mean": proprio.mean(0).tolist(),
+        "std": proprio.std(0).clamp(min=1e-3).tolist(),
+    }
+    if model.config.proprio_dim:
+        for stats in known.values():
+            if "proprio" in stats:
+                proprio_stats = stats["proprio"]
+                break
+    all_stats = []
+    for env_id, demo in zip(ids, demos):
+        stats = known.get(env_id)
+        if not stats:
+            stats = {"action": action_stats(demo[2], env_id), "proprio": proprio_stats}
+        all_stats.append(stats)
+    model.config.norm_stats = {**known, **dict(zip(ids, all_stats))}
+    return all_stats
+
+
+def flatten(demos: list, all_stats: list[dict], n_bins: int) -> Frames:
+    """One list of frames from the demonstrations of each task."""
+    lengths = torch.tensor([len(demo[0]) for demo in demos])
+    rgb, proprio, _, geometry, stage = (torch.cat(parts) for parts in zip(*demos))
+    bins = []
+    active = []
+    for demo, stats in zip(demos, all_stats):
+        bins.append(vla.tokenize_actions(demo[2], stats["action"], n_bins))
+        active.append(~vla.constant_dims(stats["action"]))
+    # The task of a frame gives its instruction and its active dimensions.
+    task = torch.repeat_interleave(torch.arange(len(demos)), lengths)
+    return Frames(rgb, proprio, torch.cat(bins), geometry, stage, task, torch.stack(active))
+
+
+# ---- set-up ----
+def check_args(args: Args) -> list[str]:
+    """Checks the arguments and returns the env ids."""
+    ids = env_ids(args.env_id)
+    args.env_id = ",".join(ids)
+    # The smallest values allowed. All other numbers may be 0, but not negative.
+    least = {
+        "num_envs": 1,
+        "num_demos": 1,
+        "num_updates": 1,
+        "batch_size": 1,
+        "chunk_size": 1,
+        "save_freq": 1,
+    }
+    check_numbers(asdict(args), least)
+    paths = [path for path in args.demo_path.split(",") if path]
+    if paths and len(paths) != len(ids):
+        raise UserError(
+            f"--demo-path names {len(paths)} files for {len(ids)} tasks: "
+            "give one for each, in the same order"
+        )
+    for env_id in ids:
+        # Files are seen through a CPU env, whatever the backend.
+        check_world(env_id, backend="cpu" if paths else args.backend)
+    return ids
+
+
+def load_start(args: Args, run: Run, origin: str, device: torch.device):
+    """Model and processor with which this call begins. origin: the first policy's fingerprint."""
+    # A LoRA run goes on from its first policy, because its checkpoint holds the merged adapter.
+    if run.state and not args.lora_rank:
+        model, processor, _ = load_policy(args.output_dir, device)
+        return model, processor
+    if args.vla != "tiny":
+        model, processor, _ = load_policy(args.vla, device, origin)
+        return model, processor
+    model = vla.OpenVLAForActionPrediction(vla.tiny_config()).to(device)
+    model.init_action_rows()
+    # The tokenizer learns the words of all tasks, so that more of them can be added later.
+    return model, vla.tiny_processor([task.instruction for task in TASKS.values()])
+
+
+def build_heads(width: int, geometry_dim: int, num_stages: int) -> torch.nn.ModuleDict:
+    """Linear maps from the hidden state, trained beside the policy: aux and separator."""
+    return torch.nn.ModuleDict(
+        {
+            "aux": torch.nn.Linear(width, geometry_dim),
+            "separator": torch.nn.Linear(width, num_stages),
+        }
+    )
+
+
+def build_optimizer(args: Args, params: list, heads: torch.nn.ModuleDict):
+    """AdamW with two groups: the policy, and the separator with its own learning rate."""
+    groups = [
+        {"params": params, "lr": args.learning_rate},
+        # With --learning-rate 0 the separator alone is trained.
+        {"params": heads["separator"].parameters(), "lr": 1e-3},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+
+
+def resume(run: Run, model, heads: torch.nn.ModuleDict, optimizer, metrics: Metrics) -> None:
+    """Puts a checkpoint's training state back."""
+    # The learning rates are this call's own. Only the moments come from the checkpoint.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": run.state["moments"]})
+    heads.load_state_dict(load_file(run.folder / "checkpoint" / "heads.safetensors"))
+    model.load_state_dict(run.state["adapter"], strict=False)
+    # The rows since the last log belong to the next one.
+    for row in run.state["history"]:
+        values = torch.tensor(row, device=model.device)
+        metrics.minibatches.append(dict(zip(METRICS, values)))
+
+
+def log_means(run: Run, metrics: Metrics, scalars: dict[str, float], step: int) -> None:
+    """Logs the means since the last row, and prints them now and then."""
+    rows = [torch.stack(list(row.values())) for row in metrics.minibatches]
+    means = dict(zip(METRICS, torch.stack(rows).mean(0).tolist()))
+    losses = {f"losses/{name}": mean for name, mean in means.items()}
+    run.log({**losses, **scalars}, step)
+    if step % (10 * LOG_FREQ) == 0:
+        numbers = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+        print(f"update {step}: {numbers} after {run.seconds():.0f} s", flush=True)
+
+
+def log_evaluation(args: Args, run: Run, model, processor, ids: list[str], step: int) -> None:
+    """Evaluates the policy greedily on each task, on seeds that training never sees."""
+    # A policy of several tasks has a success rate for each.
+    for env_id in ids if args.num_eval_episodes else []:
+        start = time.time()
+        result = evaluate(
+            model,
+            processor,
+            env_id,
+            args.num_eval_episodes,
+            args.seed,
+            args.num_envs,
+            backend=args.backend,
+        )
+        suffix = f"/{env_id}" if len(ids) > 1 else ""
+        run.log_evaluation(result, time.time() - start, step, label=f"{env_id}: ", suffix=suffix)
+
+
+def main(args: Args) -> None:  # noqa: PLR0915
+    # ---- set-up: check. Nothing is made before all input is known to be good ----
+    rank, world, device = parallel.join(args.cuda)
+    ids = check_args(args)
+    run = Run("sft", args.output_dir, args.resume, rank)
+    for name in ("env_id", "lora_rank", "vla", "seed"):
+        run.check_same(name, name, getattr(args, name))
+
+    # ---- set-up: load ----
     set_seed(args.seed)
-    for env_id in env_ids:
-        stare_utils.check_world(env_id, backend="cpu" if paths else args.backend)  # what can be wrong with the input is found before the run folder is made
-    state = load_state(Path(args.output_dir), "sft", rank) if args.resume and args.output_dir else None
-    begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())} if state else asdict(args)
-    if other := [name for name in ("env_id", "lora_rank", "vla", "seed") if begun[name] != getattr(args, name)]:  # an adapter belongs to its base
-        raise UserError(f"{args.output_dir} was begun with {other[0]} = {begun[other[0]]}, not {getattr(args, other[0])}: resume with the same")
-    begin = args.output_dir if state and not args.lora_rank else args.vla  # LoRA goes on from the first policy and its adapter: a checkpoint is merged
-    origin = state.get("origin", "") if state else vla.fingerprint(vla.model_folder(args.vla))
-    if begin != "tiny":
-        model, processor, _ = load_policy(begin, device, origin if begin == args.vla else "")
-    else:
-        model = vla.OpenVLAForActionPrediction(vla.tiny_config()).to(device)
-        model.init_action_rows()
-        processor = vla.tiny_processor([task.instruction for task in TASKS.values()])
-    instructions = [TASKS[env_id].instruction for env_id in env_ids]
+    origin = fingerprint(model_folder(args.vla))
+    if run.state:
+        origin = run.state.get("origin", "")
+    model, processor = load_start(args, run, origin, device)
+    instructions = [TASKS[env_id].instruction for env_id in ids]
     check_instructions(model, processor, instructions)
-    demos = [read_demos(path, env_id, args.num_demos, processor.image_size) for path, env_id in zip(paths, env_ids, strict=True)] if paths else []
-    output, writer = open_run(args, "sft", rank, state["step"] if state else 0)
-    for env_id in env_ids[len(demos) :]:
-        if (file := output / f"demos_{env_id}.h5").exists():
-            print(f"{file} is there: --num-demos and the other --demo flags are those that it was made with")
-        elif rank == 0:
-            collect_demos(file, env_id, args, processor.image_size)
-        if world > 1:
-            dist.barrier()  # the others wait
-        demos.append(read_demos(file, env_id, args.num_demos, processor.image_size))
-    rgb, proprio, actions, where, stages = (torch.cat(parts) for parts in zip(*demos, strict=True))
-    which = torch.repeat_interleave(torch.arange(len(env_ids)), torch.tensor([len(part[0]) for part in demos]))  # (M,) task of each frame
-    # A policy keeps the units it was trained in: those of its proprioception, and those of the actions of each task that it knows
-    known, pooled = model.config.norm_stats, {"mean": proprio.mean(0).tolist(), "std": proprio.std(0).clamp(min=1e-3).tolist()}
-    pooled = next((known[env_id]["proprio"] for env_id in known if model.config.proprio_dim and "proprio" in known[env_id]), pooled)
-    stats = [known.get(env_id) or {"action": action_stats(part[2], env_id), "proprio": pooled} for env_id, part in zip(env_ids, demos, strict=True)]
-    model.config.norm_stats = {**known, **dict(zip(env_ids, stats, strict=True))}
-    bins = torch.cat([vla.tokenize_actions(part[2], s["action"], model.config.n_action_bins) for part, s in zip(demos, stats, strict=True)])
-    actives = torch.stack([~vla.constant_dims(s["action"]) for s in stats])  # (tasks, A)
-    labelled = [bool((part[4] >= 0).any()) for part in demos]
-    del demos
-    print(f"{len(rgb)} frames; action dimensions that vary:", *(row.nonzero()[:, 0].tolist() for row in actives), f"after {time.time() - start:.0f} s")
-    width, K = model.config.text_config.hidden_size, max(len(TASKS[env_id].stages) for env_id in env_ids)
-    # STARE: the learned separator reads the stage off the hidden state and teaches the policy nothing. With --learning-rate 0 it alone is trained
-    heads = torch.nn.ModuleDict({"aux": torch.nn.Linear(width, where.shape[-1]), "separator": torch.nn.Linear(width, K)}).to(device)
-    params = [*vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing), *heads["aux"].parameters()]
-    groups = [{"params": params, "lr": args.learning_rate}, {"params": heads["separator"].parameters(), "lr": 1e-3}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    step, history, time_update = 0, [], time.time()
-    if state:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["moments"]})
-        heads.load_state_dict(load_file(output / "checkpoint" / "heads.safetensors"))
-        model.load_state_dict(state["adapter"], strict=False)
-        step, history, start = state["step"], list(torch.tensor(state["history"], device=device)), start - state["wall_s"]
+    demos = read_files(args, ids, processor.image_size)
 
+    # ---- set-up: build ----
+    step = run.state["step"] if run.state else 0
+    run.open(asdict(args), args.output_dir, step)
+    if not demos:
+        demos = make_demos(args, ids, run.folder, processor.image_size, rank)
+    n_bins = model.config.n_action_bins
+    all_stats = add_statistics(model, ids, demos)
+    frames = flatten(demos, all_stats, n_bins)
+    # A separator for STA-TPO and STA-PPO needs the stages of every task.
+    knows_stages = all((stage >= 0).any() for *_, stage in demos)
+    del demos
+    varying = [row.nonzero()[:, 0].tolist() for row in frames.active]
+    print(f"{len(frames.rgb)} frames; action dimensions that vary: {varying}")
+
+    num_stages = max(len(TASKS[env_id].stages) for env_id in ids)
+    width = model.config.text_config.hidden_size
+    heads = build_heads(width, frames.geometry.shape[-1], num_stages).to(device)
+    params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
+    params = [*params, *heads["aux"].parameters()]
+    trained = [*params, *heads["separator"].parameters()]
+    optimizer = build_optimizer(args, params, heads)
+    metrics = Metrics()
+    if run.state:
+        resume(run, model, heads, optimizer, metrics)
+    begun_at = step
+    start_row = time.time()
     model.train()
-    progress = trange(args.num_updates, initial=step, desc="sft", unit="update", disable=rank > 0 or None)
+    progress = Progress(
+        total=args.num_updates, initial=step, desc="sft", unit="update", disable=rank > 0
+    )
     while Stop.hold(step < args.num_updates):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # the step alone decides its batch: a resumed run sees the same data
-        index = torch.randint(len(rgb), (world * args.batch_size,), generator=generator)
-        mb_bins = vla.blur_bins(bins[index], args.label_jitter, model.config.n_action_bins, generator).to(device)
-        mb_bins[:, -1] = bins[index, -1].to(device)  # the gripper knows a few commands and nothing between
+        # ---- batch: the step's number decides it, so that a resumed run sees the same data ----
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        B = world * args.batch_size
+        mb_inds = torch.randint(len(frames.rgb), (B,), generator=generator)
+        clean_bins = frames.bins[mb_inds]
+        mb_bins = vla.blur_bins(clean_bins, args.label_jitter, n_bins, generator)
+        # The gripper knows a few commands and nothing between them.
+        mb_bins[:, -1] = clean_bins[:, -1]
+
+        # ---- update ----
+        warmup = (step + 1) / 100
         cosine = 0.5 * (1 + np.cos(np.pi * step / args.num_updates))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 100, cosine)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(warmup, cosine)
         optimizer.zero_grad()
-        rows = []
-        for chunk, chunk_bins in zip(index[rank::world].split(args.chunk_size), mb_bins[rank::world].split(args.chunk_size), strict=True):
-            active, texts = actives[which[chunk]].to(device), [instructions[i] for i in which[chunk]]  # (B, A), B
-            inputs = processor(rgb[chunk], texts, proprio[chunk], stats[0].get("proprio"), device)
-            logprob, _, hidden, greedy = action_logprob(model, inputs, chunk_bins, active)
-            ce = -(logprob / active.sum(-1)).mean()  # cross-entropy per active token, nats
-            aux_loss = F.smooth_l1_loss(heads["aux"](hidden.float()), where[chunk].to(device) / 0.1)  # in units of 10 cm
-            stage_logits, mb_stages = heads["separator"](hidden.detach().float()), stages[chunk].to(device)
-            stage_loss = F.cross_entropy(stage_logits, mb_stages, ignore_index=-1, reduction="sum") / len(chunk)
-            share = len(chunk) / len(index)  # the gradients of all chunks and processes add up to that of the batch's mean
-            (share * (ce + args.aux_coef * aux_loss + stage_loss)).backward()
-            with torch.no_grad():
-                error = (greedy - bins[chunk].to(device)).abs()
-                l1 = 2 * error[active].float().mean() / (model.config.n_action_bins - 1)  # in units of the largest action
-                right, stage_right = (error[active] == 0).float().mean(), (stage_logits.argmax(-1) == mb_stages).float().mean()
-                rows.append(share * torch.stack([ce, aux_loss, right, l1, stage_right]))
-        row = torch.stack(rows).sum(0)
-        sum_over_processes([row, *(p.grad for group in optimizer.param_groups for p in group["params"])])
+        own_inds = mb_inds[rank::world].split(args.chunk_size)
+        own_bins = mb_bins[rank::world].split(args.chunk_size)
+        for chunk, chunk_bins in zip(own_inds, own_bins, strict=True):
+            active = frames.active[frames.task[chunk]].to(device)  # (B, A)
+            texts = [instructions[i] for i in frames.task[chunk]]
+            # All tasks share one normalisation of the proprioception.
+            proprio_stats = all_stats[0].get("proprio")
+            inputs = processor(
+                frames.rgb[chunk], texts, frames.proprio[chunk], proprio_stats, device
+            )
+            logprob, _, hidden, greedy = action_logprob(
+                model, inputs, chunk_bins.to(device), active
+            )
+            # cross-entropy per active token, in nats
+            ce = -(logprob / active.sum(-1)).mean()
+            # in units of 10 cm
+            geometry = frames.geometry[chunk].to(device) / 0.1
+            aux_loss = F.smooth_l1_loss(heads["aux"](hidden.float()), geometry)
+            # STARE: the learned separator reads the stage off the hidden state. It teaches the
+            # policy nothing, because the hidden state is detached.
+            stage_logits = heads["separator"](hidden.detach().float())
+            stage = frames.stage[chunk].to(device)
+            stage_loss = F.cross_entropy(stage_logits, stage, ignore_index=-1, reduction="sum")
+            loss = ce + args.aux_coef * aux_loss + stage_loss / len(chunk)
+            # The gradients of all chunks and processes add up to the batch's.
+            share = len(chunk) / B
+            (share * loss).backward()
+
+            off = (greedy - frames.bins[chunk].to(device)).abs()[active]
+            metrics.add(
+                share,
+                ce=ce,
+                aux=aux_loss,
+                token_accuracy=(off == 0).float().mean(),
+                # in units of the largest action
+                action_l1=2 * off.float().mean() / (n_bins - 1),
+                stage_accuracy=(stage_logits.argmax(-1) == stage).float().mean(),
+            )
+        parallel.sum_over_processes([p.grad for p in trained])
+        # The separator's gradient is its own and is not clipped.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-        stare_utils.refuse_nan({"loss": row[0].item(), "gradient": grad_norm.item()}, output, {"rgb": rgb[index], "proprio": proprio[index], "bins": mb_bins})
+        metrics.add(1 / world, grad_norm=grad_norm)
+        metrics.end_minibatch()
+        found = {"loss": metrics.last("ce"), "gradient": grad_norm.item()}
+        batch = {"rgb": frames.rgb[mb_inds], "proprio": frames.proprio[mb_inds], "bins": mb_bins}
+        refuse_nan(found, run.folder, batch)
         optimizer.step()
         step += 1
-        history.append(torch.cat([row, grad_norm[None]]))
         progress.update()
-        if step % 50 == 0 or step == args.num_updates:
-            seconds, time_update = (time.time() - time_update) / min(len(history), step - (state["step"] if state else 0)), time.time()
-            means, history = torch.stack(history).mean(0).tolist(), []  # since the last line
-            names = ("losses/ce", "losses/aux", "losses/token_accuracy", "losses/action_l1", "losses/stage_accuracy", "losses/grad_norm")
-            scalars = dict(zip(names, means, strict=True))
-            scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": len(index) / seconds, "time/update": seconds,
-                        "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30}  # fmt: skip
-            if step % 500 == 0:
-                print(f"update {step}:", *(f"{name[7:]} {scalars[name]:.4g}" for name in names), f"after {time.time() - start:.0f} s", flush=True)
-            for key, value in scalars.items() if rank == 0 else ():
-                writer.add_scalar(key, value, step)
-        if (Stop.asked() or step % args.save_freq == 0 or step == args.num_updates) and rank == 0:
-            state = {"script": "sft", "step": step, "history": [row.tolist() for row in history], "origin": origin, "wall_s": time.time() - start}
-            info = {**asdict(args), "method": "SFT", "env_steps": 0, "wall_s": round(state["wall_s"], 1)}
-            known = {"heads": heads, **({"separator": heads["separator"]} if all(labelled) else {})}
-            save_checkpoint(output, model, processor, info, state, optimizer, known)
+
+        # ---- log ----
+        if step % LOG_FREQ == 0 or step == args.num_updates:
+            # A resumed run has rows from before in its means, but no seconds.
+            num_timed = min(len(metrics.minibatches), step - begun_at)
+            seconds = (time.time() - start_row) / num_timed
+            start_row = time.time()
+            scalars = {
+                "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                "charts/SPS": B / seconds,
+                "time/update": seconds,
+                "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
+            }
+            log_means(run, metrics, scalars, step)
+            metrics = Metrics()
+
+        # ---- save ----
+        saves = step % args.save_freq == 0 or step == args.num_updates
+        # All processes ask, because all of them leave when one was asked to.
+        if (Stop.asked() or saves) and rank == 0:
+            settings = {
+                **asdict(args),
+                "method": "SFT",
+                "env_steps": 0,
+                "wall_s": round(run.seconds(), 1),
+            }
+            history = [[x.item() for x in row.values()] for row in metrics.minibatches]
+            state = {
+                "script": "sft",
+                "step": step,
+                "history": history,
+                "origin": origin,
+                "wall_s": run.seconds(),
+            }
+            saved = {"heads": heads}
+            if knows_stages:
+                saved["separator"] = heads["separator"]
+            save_checkpoint(run.folder, model, processor, settings, state, optimizer, saved)
     progress.close()
-    if rank > 0:
-        return
-    for env_id in env_ids if args.num_eval_episodes else []:
-        begin, result = time.time(), evaluate(model, processor, env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
-        scalars = {"time/eval": time.time() - begin} | {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
-        for key, value in scalars.items():
-            writer.add_scalar(key + f"/{env_id}" * (len(env_ids) > 1), value, step)
-        print(f"{env_id}: success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
-    writer.close()
-    print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
+    if rank == 0:
+        log_evaluation(args, run, model, processor, ids, step)
+        run.close()
 
 
 if __name__ == "__main__":
-    with stare_utils.one_line_errors():
+    with one_line_errors():
         main(tyro.cli(Args))

@@ -1,103 +1,145 @@
-"""STA-PPO, step 3 of IPI: PPO on the task itself, with a potential-based reward for progress inside the present stage.
+"""STA-PPO, step 3 of IPI: PPO on the task itself, with a stage reward for progress in each stage.
 
-    python sta_ppo.py --env-id PickCube-v1                    # from the newest STA-TPO (else SFT) run of this env, else the shipped checkpoint
-    python sta_ppo.py --env-id PickCube-v1 --reward sparse    # plain PPO, the ablation; --reward dense is ManiSkill's own reward
+    python sta_ppo.py --env-id PickCube-v1
+        starts from the newest STA-TPO (else SFT) run of this task, else from the shipped checkpoint
+    python sta_ppo.py --env-id PickCube-v1 --reward sparse
+        plain PPO, the ablation (--reward dense is ManiSkill's own reward)
 
-  r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)),  Phi(s) = k + phi_k(s),  Phi of a terminal state = 0   (r' is the paper's; k + is ours, docs/sta_ppo.md)
-  loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) + c_v * mean (V - return)^2 / 2 + c_kl * KL(pi || pi_start)
-The ratio is that of the whole action (sum of its tokens' log-probabilities). Deviations from CleanRL's ppo.py and RL4VLA: a truncated episode
-is bootstrapped with the value of its final observation, a terminated one is not; advantages are normalised over the whole buffer, once
-(or within each stage: --stage-advantage); logged losses are means over the update; the critic is warmed up, its loss not clipped, its learning rate
-its own; AdamW (0.9, 0.95), no entropy bonus; episodes begin anew with a roll-out, where the horizon allows. `grep STARE` shows what differs from PPO.
-To add a task edit TASKS in stare_utils.py, nothing here, and imitate it first (sft.py).
-Letters: T steps of a roll-out, N envs, B batch (minibatch), A action tokens, D hidden width, K stages.
+    r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t))      Phi(s) = k + phi_k(s), 0 if terminal
+    loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)
+           + c_v * mean (V - return)^2 / 2 + c_kl * KL(pi || pi_start)
+
+r' is the paper's stage reward; the term k is ours (docs/sta_ppo.md says why). The ratio is that of
+the whole action: its log-probability is the sum over the action's tokens.
+
+What differs from CleanRL's ppo.py and from RL4VLA:
+- A truncated episode is bootstrapped with the value of its final observation.
+- Advantages are normalised once over the whole buffer (--stage-advantage: within each stage).
+- Logged losses are means over the update.
+- The critic has a warm-up and a learning rate of its own. Its loss is not clipped.
+- There is no entropy bonus. The optimiser is AdamW with betas (0.9, 0.95).
+- Every roll-out begins with fresh episodes, where the horizon fits into it.
+
+Lines marked STARE are what the paper adds to PPO. To add a task, edit TASKS in world/tasks.py,
+nothing here, and imitate it first with sft.py.
+Letters: T steps of a roll-out, N envs, B batch, A action tokens, D hidden width, K stages.
 """
-import json
+
 import math
 import os
-import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import stare_utils  # before torch: it makes idle OpenMP threads sleep  # isort: skip
-import numpy as np
+# Idle OpenMP threads must sleep. Spinning ones take the cores from the env processes, and a forward
+# pass is then 20 times slower. The variable is read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
-import torch.distributed as dist
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import set_seed
 
 import vla
 from eval import evaluate
-from stare_utils import Stop, UserError, make_envs, shape_rewards
+from plumbing import parallel
+from plumbing.checkpoint import (
+    find_checkpoint,
+    fingerprint,
+    load_policy,
+    load_separator,
+    model_folder,
+    save_checkpoint,
+    task_stats,
+)
+from plumbing.run import (
+    Metrics,
+    Progress,
+    Run,
+    Stop,
+    check_numbers,
+    one_line_errors,
+    ppo_symptoms,
+    refuse_nan,
+)
+from stare_utils import shape_rewards
+from world.assets import check_world
+from world.statistics import EpisodeStatistics
+from world.tasks import TRAIN_SEEDS, Task, UserError, env_ids, get_task
+from world.vector import make_envs
 
 
 @dataclass
 class Args:
+    # the run
     seed: int = 1
-    """seed of the episodes, sampling and minibatch order"""
+    """seed of the episodes, of sampling and of the minibatch order"""
     cuda: bool = True
     """train on the GPU if there is one"""
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
     output_dir: str = ""
-    """run folder: checkpoint/, TensorBoard files; empty: runs/{env_id}__sta_ppo__{seed}__{time}"""
+    """run folder with checkpoint/ and TensorBoard files; empty:
+    runs/{env_id}__sta_ppo__{seed}__{time}"""
     resume: bool = False
     """go on from the checkpoint in --output-dir, if there is one"""
 
+    # the policy and the task
     checkpoint: str = ""
-    """policy to start from; empty: the newest sta_tpo.py (else sft.py) run of this env under runs/, else the one shipped with the repository"""
+    """policy to start from; empty: the newest sta_tpo.py (else sft.py) run of this task under
+    runs/, else the checkpoint shipped with the repository"""
     vla: str = ""
-    """an OpenVLA instead of --checkpoint: its folder in the published layout, or its hub id, with --unnorm-key"""
+    """an OpenVLA instead of --checkpoint: its folder in the published layout, or its hub id"""
     unnorm_key: str = ""
-    """of which data set in its `norm_stats` the task's actions are, `bridge_orig` for SimplerEnv's tasks"""
+    """data set in the model's norm_stats whose action statistics to use, e.g. bridge_orig"""
     env_id: str = "PickCube-v1"
     """task"""
     num_envs: int = 8
-    """env processes (CPU) or parallel envs (GPU), of each process of a `torchrun` job"""
+    """N: env processes (CPU) or parallel envs (GPU), of each process of a `torchrun` job"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
 
+    # the reward
     reward: Literal["stare", "sparse", "dense"] = "stare"
-    """stare: success plus shaping by the stage potential; sparse: success alone (plain PPO); dense: ManiSkill's normalized_dense, which pays
-    every step; it therefore does not end an episode at success, and is divided by the horizon, so that an episode pays 1 at most, as with the others"""
+    """stare: success plus the stage reward. sparse: success alone, which is plain PPO. dense:
+    ManiSkill's normalized_dense, which pays every step. It does not end an episode at success, and
+    it is divided by the horizon, so that an episode pays at most 1, as with the others"""
     shaping_weight: float = -1.0
-    """w; negative: 1 / K, so that w * Phi in [0, 1] is a first guess of the value; 0 equals --reward sparse bit for bit"""
+    """w; negative: 1 / K, so that w * Phi in [0, 1] is a first guess of the value; 0 equals
+    --reward sparse bit for bit"""
     potential: Literal["sigmoid", "linear"] = "sigmoid"
     """form of phi_k: the paper's sigmoid(1 - d / L), rescaled, or max(0, 1 - d / L)"""
     potential_across_stages: Literal["offset", "bare"] = "offset"
-    """offset: Phi = k + phi_k; bare: phi_k alone, as in the notes on the paper, but rescaled; it falls at each stage switch"""
+    """offset: Phi = k + phi_k. bare: the paper's phi_k alone, which falls at each stage switch"""
     silent_stages: str = ""
-    """stages, separated by commas, that pay only when they end: Phi = k inside them, nothing for their beginning or their distance (an ablation)"""
+    """stages, separated by commas, that pay only when they end, an ablation: Phi = k inside them"""
     stage_advantage: bool = False
     """normalise advantages within each stage instead of over the whole buffer"""
     stage_source: Literal["rules", "learned"] = "rules"
-    """rules read the simulator's state; learned is the separator that sft.py trained on the frozen SFT policy's features: no state, Phi = k alone"""
+    """rules: read the simulator's state. learned: the classifier that sft.py trained on the frozen
+    SFT policy's features. It sees images only, so Phi = k"""
 
+    # PPO
     total_timesteps: int = 65536
     """env steps in all, rounded up to whole updates"""
     num_steps: int = 100
-    """T: env steps per env between updates. New episodes begin every ceil(horizon / T) updates; a run resumed there equals an
-    uninterrupted one, on a CPU bit for bit"""
+    """T: env steps per env between updates. Fresh episodes begin every ceil(horizon / T) updates. A
+    run resumed there equals an uninterrupted one, on a CPU bit for bit"""
     gamma: float = 0.97
-    """discount: a step saved is worth (1 - gamma) V"""
+    """discount: each step saved is worth (1 - gamma) V"""
     gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation; at 0.5 --reward sparse learned to stand still on PlaceSphere-v1 (docs/results.md), the stage one did not"""
+    """lambda of generalised advantage estimation. With 0.5 a sparse reward taught the policy to
+    stand still on PlaceSphere-v1 (docs/results.md)"""
     num_minibatches: int = 4
     """optimiser steps per epoch; num_envs * num_steps must be a multiple of it"""
     update_epochs: int = 2
     """passes over each roll-out"""
     chunk_size: int = 128
-    """steps or frames per forward and backward pass of an update: bounds its memory, changes no result"""
+    """steps or frames per forward and backward pass: bounds memory, changes no result"""
     gradient_checkpointing: bool = False
-    """compute a layer's activations anew in the backward pass instead of keeping them: less memory, a third more computation"""
+    """compute a layer's activations again in the backward pass: less memory, a third more work"""
     clip_coef: float = 0.2
     """eps of the clipped ratio"""
     vf_coef: float = 0.5
@@ -105,23 +147,26 @@ class Args:
     kl_coef: float = 0.0
     """c_kl: weight of the KL to the policy that the run started from; 0 leaves it out"""
     target_kl: float | None = None
-    """no further epoch in this update once the KL of an epoch's last minibatch exceeds this; without effect at --update-epochs 1"""
+    """no further epoch in this update once the KL of an epoch's last minibatch exceeds this"""
     critic_warmup: int = 2
-    """updates in which the VLA's learning rate is 0 while Adam's second moments fill: an untrained critic punishes good actions, and Adam's
-    first steps are its largest. All momentum is then forgotten and grows anew: of ten steps or so, the first are small"""
+    """updates in which only the value head learns. An untrained critic punishes good actions, and
+    Adam's first steps are its largest. Adam's momentum is reset at the end of the warm-up"""
+    # the optimiser
     lora_rank: int = 0
-    """0 trains all weights; else LoRA matrices of this rank on the linear layers (not the vocabulary's head), merged into what is written"""
+    """0 trains all weights; else LoRA matrices of this rank, merged into what is written"""
     learning_rate: float = 5e-5
     """AdamW, the VLA"""
     value_learning_rate: float = 1e-3
     """AdamW, value head"""
     anneal_lr: bool = True
-    """lower both learning rates linearly to zero at --total-timesteps; a run that is to be resumed beyond needs --no-anneal-lr"""
+    """lower both learning rates linearly to zero at --total-timesteps; a run that is to be resumed
+    beyond them needs --no-anneal-lr"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
 
+    # saving and evaluating
     save_freq: int = 10
-    """updates between checkpoints (rounded up to where new episodes begin, see --num-steps)"""
+    """updates between checkpoints, rounded up to where fresh episodes begin"""
     eval_freq: int = 0
     """updates between evaluations; 0: only at the end"""
     num_eval_episodes: int = 16
@@ -134,169 +179,94 @@ class Args:
     """batch_size / num_minibatches (computed)"""
     num_iterations: int = 0
     """total_timesteps / batch_size, rounded up (computed)"""
-
-
-def join_processes(cuda: bool) -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device, of a data-parallel job that `torchrun` started or of this process alone. Rank 0 alone prints and writes."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = cuda and torch.cuda.is_available()
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))  # the others wait while rank 0 makes demonstrations or evaluates
-        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
-        if cuda:
-            torch.cuda.set_device(local)
-    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-def sum_over_processes(tensors: list[torch.Tensor | None]) -> None:
-    """Sums tensors (None: a weight that has no gradient) over the processes of a data-parallel job, in place."""
-    for x in tensors if dist.is_initialized() else ():
-        if x is not None:
-            dist.all_reduce(x)
-
-
-def open_run(args, script: str, rank: int, step: int) -> tuple[Path, SummaryWriter | None]:
-    """The run folder and, of rank 0, its TensorBoard writer, without what was logged after `step`. Raises UserError when the folder holds a run already."""
-    if args.resume and not args.output_dir:
-        raise UserError("--resume needs the run's --output-dir")
-    name = [args.output_dir or f"runs/{args.env_id}__{script}__{args.seed}__{int(time.time())}"]
-    if rank > 0:
-        dist.broadcast_object_list(name)  # once rank 0 has made it
-        return Path(name[0]), None
-    output = Path(name[0])
-    output.mkdir(parents=True, exist_ok=True)
-    stare_utils.lock_run(output)
-    if any(output.iterdir()) and not args.resume:
-        raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output-dir")
-    if (file := output / "checkpoint" / "args.json").exists():
-        before, ignored = json.loads(file.read_text()), ("resume", "checkpoint", "output_dir")
-        changed = [f"--{name.replace('_', '-')} {before[name]} -> {value}" for name, value in asdict(args).items()
-                   if name not in ignored and before.get(name, value) != value]  # fmt: skip
-        print("resumed" + f" with other settings than before: {', '.join(changed)}" * bool(changed))
-    if args.track:
-        import wandb
-
-        wandb.init(project="stare-vla", name=output.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(output, purge_step=step + 1)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items()))
-    if dist.is_initialized():
-        dist.broadcast_object_list(name)
-    return output, writer
-
-
-def save_checkpoint(output: Path, model, processor, args: dict, state: dict, optimizer=None, heads: dict = {}) -> None:  # noqa: B006
-    """Writes output/checkpoint: model with its statistics, processor, args.json, each head by its name, and the training state (vla.write_state). The
-    folder is written beside its place and renamed, so a run that dies while saving keeps the one before, which stays as checkpoint.old."""
-    new, old = output / "checkpoint.new", output / "checkpoint.old"
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    processor.save_pretrained(new)
-    (new / "args.json").write_text(json.dumps({**args, "command": " ".join(["python", *sys.argv])}, indent=1))
-    for name, head in heads.items():
-        save_file(head.state_dict(), new / f"{name}.safetensors")
-    vla.write_state(new, state, optimizer.state_dict()["state"] if optimizer else {}, model if args.get("lora_rank") else None)
-    if (output / "checkpoint").exists():
-        shutil.rmtree(old, ignore_errors=True)
-        (output / "checkpoint").rename(old)
-    new.rename(output / "checkpoint")
-
-
-def load_state(output: Path, script: str, rank: int = 0) -> dict | None:
-    """The training state of output/checkpoint, of the one before where that is missing or damaged; None where there is neither (every update seeds its own
-    random numbers). No other process may be at work there. Raises UserError when the state is another script's, or damaged too."""
-    folder, state = output / "checkpoint", None
-    if rank == 0 and output.is_dir():
-        stare_utils.lock_run(output)
-        vla.recover(output)
-    if dist.is_initialized():
-        dist.barrier()
-    if folder.exists() and (state := vla.read_state(folder)).get("script") != script:
-        raise UserError(f"{folder} is {state.get('damaged') or 'of ' + state.get('script', 'another script')}, not of {script}: choose another --output-dir")
-    return state
-
-
-def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
-    """The newest checkpoint of the first of `scripts` that has run on this env, else the one shipped with the repository."""
-    root = Path(__file__).parent
-    for script in scripts:
-        if found := [folder for folder in Path("runs").glob(f"*__{script}__*/checkpoint") if env_id in folder.parent.name.split("__")[0].split(",")]:
-            return str(max(found, key=lambda folder: folder.stat().st_mtime))
-    if (root / "checkpoints" / f"{env_id}__sft").is_dir():
-        return str(root / "checkpoints" / f"{env_id}__sft")
-    raise UserError(f"no checkpoint for {env_id}: run `python sft.py --env-id {env_id}` first, or give --checkpoint")
-
-
-def load_policy(checkpoint: str, device: torch.device, origin: str = ""):
-    """Model, processor and folder of a checkpoint (its folder, its run's, or a hub id). UserError: it is not ours, or no longer that of this fingerprint."""
-    folder = vla.model_folder(checkpoint)
-    try:
-        vla.check_folder(folder, origin)
-        return AutoModelForImageTextToText.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder), folder
-    except Exception as error:  # a file may hold anything
-        raise UserError(f"{folder} cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
-
-
-def task_stats(model, env_id: str, unnorm_key: str = "") -> dict:
-    """The normalisation statistics (`action`, `proprio`) of a task, which are from now on those of OpenVLA's data set `unnorm_key` where one is named.
-    Raises UserError when the checkpoint was trained on others, or on other actions than the 7 of every task here."""
-    known, key = model.config.norm_stats, unnorm_key or env_id
-    if key not in (names := [name for name, stats in known.items() if len(stats["action"]["q01"]) == 7]):
-        raise UserError(f"this checkpoint trained 7 actions on {', '.join(names) or 'no task'}, not on {key}; --unnorm-key takes one of those for a task")
-    if unnorm_key:
-        known[env_id] = known[unnorm_key] if model.config.proprio_dim else vla.signed_gripper(known[unnorm_key])
-    return known[env_id]
+    round_length: int = 0
+    """updates between two fresh starts of all episodes (computed)"""
+    episodes_per_round: int = 0
+    """episodes of each env that fit into a round, however long they take (computed)"""
 
 
 @torch.no_grad()
 def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = False):
-    """One action by autoregressive decoding over the action bins alone, with a key-value cache.
+    """One action, decoded token by token over the action bins alone, with a key-value cache.
 
-    inputs: the processor's; active: (A,) bool, false where the action never varies (its bin is fixed).
-    Returns bins (B, A) long, logprob (B,) fp32 = sum over active tokens, hidden (B, D) at the token before the first action token.
+    inputs: what the processor returns for B observations. active: (A,) bool, false where the
+    action never varies: that bin is fixed and counts in no log-probability.
+    Returns bins (B, A) long, logprob (B,) fp32 (the sum over active tokens), and hidden (B, D),
+    the last layer's output at the token before the first action token.
     """
-    end, n, mask = model.config.action_id_end, model.config.n_action_bins, inputs["attention_mask"]
+    end = model.config.action_id_end
+    n_bins = model.config.n_action_bins
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
-    mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), model.num_prefix()), mask[:, 1:]], 1)
-    bins, logprob = [], torch.zeros(len(mask), device=mask.device)
-    fed = 0  # action tokens that the model has seen
-    for a, is_active in enumerate(active.tolist()):
-        if not is_active:
-            bins.append(torch.full_like(mask[:, 0], n // 2))
-            continue
-        if a > fed:
-            tokens, fed = end - 1 - torch.stack(bins[fed:], -1), a
+    # The model has inserted its image and proprioception tokens behind <s>.
+    mask = inputs["attention_mask"]
+    inserted = mask.new_ones(len(mask), model.num_prefix())
+    mask = torch.cat([mask[:, :1], inserted, mask[:, 1:]], 1)
+    bins = torch.full((len(mask), len(active)), n_bins // 2, device=mask.device)
+    logprob = torch.zeros(len(mask), device=mask.device)
+    num_fed = 0
+    for a in active.nonzero()[:, 0].tolist():
+        if a > num_fed:
+            # Feed the tokens chosen since the last pass, fixed ones included.
+            tokens = end - 1 - bins[:, num_fed:a]
+            num_fed = a
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-            out = model(tokens, mask, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        logp = out.logits[:, -1, end - n : end].flip(-1).float().log_softmax(-1)  # (B, n), bin 0 first
-        bins.append(logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1)[:, 0])
-        logprob += logp.gather(-1, bins[-1][:, None])[:, 0]
-    return torch.stack(bins, -1), logprob, hidden
+            cache = out.past_key_values
+            out = model(tokens, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+        logits = out.logits[:, -1, end - n_bins : end].flip(-1)
+        logp = logits.float().log_softmax(-1)  # (B, n_bins)
+        if greedy:
+            bins[:, a] = logp.argmax(-1)
+        else:
+            bins[:, a] = torch.multinomial(logp.exp(), 1)[:, 0]
+        logprob += logp.gather(-1, bins[:, a : a + 1])[:, 0]
+    return bins, logprob, hidden
 
 
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
-    """Log-probability of given actions in one teacher-forced pass: the same function of the weights as `sample_action`.
+    """Log-probability of given actions in one teacher-forced pass.
 
-    inputs: the processor's; bins: (B, A) long; active: (A,) or (B, A) bool. Returns logprob (B,) fp32 = sum over active tokens,
-    entropy (B,) likewise, hidden (B, D) at the token before the first action token, greedy (B, A) = the most likely bins.
+    It is the same function of the weights as `sample_action`. inputs: what the processor returns.
+    bins: (B, A) long. active: (A,) or (B, A) bool. Returns logprob (B,) fp32 (the sum over active
+    tokens), entropy (B,) likewise, hidden (B, D) at the token before the first action token, and
+    greedy (B, A), the most likely bins.
     """
-    end, n, A = model.config.action_id_end, model.config.n_action_bins, bins.shape[-1]
-    ids = torch.cat([inputs["input_ids"], end - 1 - bins[:, :-1]], 1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(bins[:, :-1])], 1)
-    out = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, logits_to_keep=A)
-    logp = out.logits[..., end - n : end].flip(-1).float().log_softmax(-1)  # (B, A, n), bin 0 first
-    logprob = (logp.gather(-1, bins[..., None])[..., 0] * active.to(bins.device)).sum(-1)
-    entropy = (-(logp.exp() * logp).sum(-1) * active.to(bins.device)).sum(-1)
-    assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action: anything else would broadcast"
+    end = model.config.action_id_end
+    n_bins = model.config.n_action_bins
+    A = bins.shape[1]
+    # The last action token is fed to no one: nothing comes after it.
+    tokens = end - 1 - bins[:, :-1]
+    ids = torch.cat([inputs["input_ids"], tokens], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
+    inputs = {**inputs, "input_ids": ids, "attention_mask": mask}
+    out = model(**inputs, logits_to_keep=A)
+    # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+    logits = out.logits[..., end - n_bins : end].flip(-1)
+    logp = logits.float().log_softmax(-1)  # (B, A, n_bins)
+    active = active.to(bins.device)
+    chosen_logp = logp.gather(-1, bins[..., None])[..., 0]  # (B, A)
+    logprob = (chosen_logp * active).sum(-1)
+    entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
+    assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action"
     return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
 
 
 class ValueHead(nn.Module):
-    """V(s) from the hidden state that predicts the first action token, (B, D) -> (B,). The last layer starts at zero: V = 0 everywhere."""
+    """V(s) from the hidden state that predicts the first action token, (B, D) -> (B,).
+
+    The last layer starts at zero, so V = 0 everywhere.
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, 1))
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 256),
+            nn.GELU(),
+            nn.Linear(256, 1),
+        )
+        # A random V would be worse than none: its first TD errors would teach the policy noise.
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
@@ -304,17 +274,116 @@ class ValueHead(nn.Module):
         return self.layers(hidden.float())[:, 0]
 
 
-def compute_gae(
-    rewards: torch.Tensor, values: torch.Tensor, next_values: torch.Tensor, terminated: torch.Tensor, done: torch.Tensor, gamma: float, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016). All (T, N); terminated, done bool, done = terminated or truncated.
+@torch.no_grad()
+def value_of(model, value_head: ValueHead, inputs: dict) -> torch.Tensor:
+    """V (n,) of observations, from a pass over the prompt alone."""
+    out = model(**inputs, logits_to_keep=1)
+    return value_head(out.last_hidden_state[:, -1])
 
-    next_values[t] is V of the true next state (of the final observation at an episode's end): a termination has no future, a truncation
-    has one, and neither lets the next episode's advantage through. Returns advantages, returns = advantages + values.
+
+class Buffers:
+    """Storage of a roll-out. Row t is step t, column n is env n."""
+
+    def __init__(self, T: int, N: int, A: int, image_size: int, device: torch.device):
+        # These four have one row more, for the states in which the envs stand at the end.
+        self.obs = {
+            "rgb": torch.zeros(T + 1, N, image_size, image_size, 3, dtype=torch.uint8),
+            "proprio": torch.zeros(T + 1, N, 8),
+        }
+        self.values = torch.zeros(T + 1, N, device=device)
+        self.stages = torch.zeros(T + 1, N, dtype=torch.long, device=device)
+        self.potentials = torch.zeros(T + 1, N, device=device)
+        self.bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
+        # PPO's old log-probabilities, (T, N): one per action
+        self.logprobs = torch.zeros(T, N, device=device)
+        self.rewards = torch.zeros(T, N, device=device)
+        self.terminated = torch.zeros(T, N, dtype=torch.bool, device=device)
+        # terminated or truncated
+        self.done = torch.zeros(T, N, dtype=torch.bool, device=device)
+        # V of the final observation, where step t has ended an episode
+        self.final_values = torch.zeros(T, N, device=device)
+
+    def put_obs(self, t: int, half: slice, obs: dict) -> None:
+        """Keeps what the envs in `half` show before step t."""
+        for name, value in obs.items():
+            self.obs[name][t, half] = value
+
+    def obs_at(self, t: int, half: slice) -> dict:
+        """What the envs in `half` show before step t."""
+        return {name: value[t, half] for name, value in self.obs.items()}
+
+    def roll_over(self) -> None:
+        """The last states of a roll-out are the first ones of the next."""
+        for buffer in (*self.obs.values(), self.stages, self.potentials):
+            buffer[0] = buffer[-1]
+
+    def reset(self, envs, seed: int, stage_of) -> dict:
+        """Begins fresh episodes in all envs. Returns their infos."""
+        obs, info = envs.reset(seed=seed)
+        self.put_obs(0, slice(None), obs)
+        self.stages[0], self.potentials[0] = stage_of(obs, info)
+        return info
+
+
+class RuleStages:
+    """STARE: the stage (n,) and Phi (n,) of states by the rules, which read the simulator."""
+
+    def __init__(self, stage_names: tuple[str, ...], silent_stages: str, device: torch.device):
+        # A silent stage pays only when it ends: Phi = k inside it. The last entry is success.
+        silent = [name in silent_stages.split(",") for name in stage_names]
+        self.silent = torch.tensor([*silent, False], device=device)  # (K + 1,)
+
+    def __call__(self, obs: dict, info: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        stage = info["stage"].to(self.silent.device)
+        phi = info["potential"].to(self.silent.device)
+        return stage, torch.where(self.silent[stage], stage, phi)
+
+
+class LearnedStages:
+    """STARE: the stage (n,) and Phi (n,) of states as sft.py's separator sees them.
+
+    It reads the hidden state of the frozen SFT policy, step by step. It knows no distance: Phi = k.
     """
-    assert rewards.shape == values.shape == next_values.shape == terminated.shape == done.shape, "shapes differ: this would broadcast"
-    deltas = rewards + gamma * next_values * ~terminated - values  # (T, N)
-    advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+
+    def __init__(self, sft_model, separator: nn.Linear, num_stages: int, codec: vla.Codec):
+        self.sft_model = sft_model
+        self.separator = separator
+        self.num_stages = num_stages
+        self.codec = codec
+
+    @torch.no_grad()
+    def __call__(self, obs: dict, info: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        # the hidden state that predicts the first action token, as in sft.py
+        inputs = self.codec.inputs(obs)
+        hidden = self.sft_model(**inputs, logits_to_keep=1).last_hidden_state[:, -1]
+        stage_logits = self.separator(hidden.float())[:, : self.num_stages]
+        stage = stage_logits.argmax(-1)
+        return stage, stage.float()
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    next_values: torch.Tensor,
+    terminated: torch.Tensor,
+    done: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016).
+
+    All (T, N). terminated, done: bool; done = terminated or truncated. next_values[t] is V of the
+    true next state: at an episode's end that of its final observation. A termination has no future
+    and a truncation has one. Neither lets the next episode's advantage through.
+    Returns advantages, and returns = advantages + values.
+    """
+    shapes = {x.shape for x in (rewards, values, next_values, terminated, done)}
+    assert len(shapes) == 1, "shapes differ: this would broadcast"
+    # delta_t = r_t + gamma * V(s_{t+1}) - V(s_t), where a terminal state has V = 0
+    deltas = rewards + gamma * next_values * ~terminated - values
+    advantages = torch.zeros_like(rewards)
+    last = torch.zeros_like(rewards[0])
+    # A_t = delta_t + gamma * lambda * A_{t+1}, where an episode's last step has no A_{t+1}
     for t in reversed(range(len(rewards))):
         last = deltas[t] + gamma * gae_lambda * last * ~done[t]
         advantages[t] = last
@@ -322,357 +391,589 @@ def compute_gae(
 
 
 def ppo_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float) -> torch.Tensor:
-    """-mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) (Schulman et al. 2017, eq. 7). Both (B,): one ratio per action."""
-    assert logratio.shape == advantages.shape and logratio.ndim == 1, "shapes differ: this would broadcast"
+    """-mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) (Schulman et al. 2017, eq. 7).
+
+    Both (B,): one ratio per action.
+    """
+    assert logratio.shape == advantages.shape, "shapes differ: this would broadcast"
+    assert logratio.ndim == 1, "one ratio per action"
+    # The larger loss counts, so clipping never makes a step look better than it is.
     ratio = logratio.exp()
-    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return torch.max(unclipped, clipped).mean()
 
 
 def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
-    """mean (log pi - log pi_ref)^2 / 2: on the policy's own actions its gradient is that of KL(pi || pi_ref), though not its value. Both (B,).
-    (r - 1 - log r with r = pi_ref / pi has the value of that KL but the gradient of the other one, KL(pi_ref || pi).)"""
+    """mean (log pi - log pi_ref)^2 / 2, both (B,), on actions that the policy itself sampled.
+
+    Its gradient is that of KL(pi || pi_ref), its value is not. The common estimator r - 1 - log r
+    with r = pi_ref / pi has the value of this KL but the gradient of KL(pi_ref || pi).
+    """
     assert logprob.shape == ref_logprob.shape, "shapes differ: this would broadcast"
     return 0.5 * (logprob - ref_logprob).square().mean()
 
 
-def ppo_symptoms(first: dict, now: dict, weight: float, gap: float = 0.05) -> list[str]:
-    """Lines that name what is wrong, from the logged scalars of the run's first complete round of episodes and of the present update. weight: of the
-    stage reward. gap: by how many nats rounding alone may part the log-probabilities of an action."""
-    lines = []
-    if abs(now["losses/first_ratio"] - 1) > gap / 5 or now["losses/rollout_update_logprob_gap"] > gap:
-        lines.append("the ratio on the first minibatch is not 1: roll-out and update compute different log-probabilities (mode, dropout, padding or dtype)")
-    if now["losses/entropy"] < 0.3 * first["losses/entropy"]:
-        lines.append("the entropy has collapsed to less than a third: nothing new is tried any more; lower --learning-rate or add --kl-coef")
-    if "charts/success_once" in first:
-        success, shaped = (now[key] - first[key] for key in ("charts/success_once", "charts/shaped_return"))
-        if success < -0.2 and shaped > 0.02 and weight:
-            lines.append("the shaped return rises while success falls: the policy collects the stage reward instead of the task; lower --shaping-weight")
-        elif success < -0.2:
-            lines.append("sampled success falls: the steps are larger than the gradient of such a batch is good for; lower --learning-rate or raise --num-envs")
-    return lines
-
-
 def normalize(advantages: torch.Tensor, stages: torch.Tensor | None) -> torch.Tensor:
-    """(B,) advantages to mean 0, deviation 1: over the buffer, or within each stage label when `stages` (B,) is given."""
+    """Advantages (B,) with mean 0 and deviation 1, over the buffer or within each stage.
+
+    stages: (B,) the stage of each step, or None for the whole buffer. A stage with a single step
+    gets 0, because it has no deviation.
+    """
     if stages is None:
         return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    # Labels are compared exactly: they are small integers, whatever their dtype.
     out = torch.zeros_like(advantages)
     for k in stages.unique():
-        if (mine := stages == k).sum() > 1:
+        mine = stages == k
+        if mine.sum() > 1:
             out[mine] = normalize(advantages[mine], None)
     return out
 
 
-def main(args: Args) -> None:
-    start = time.time()
-    args.env_id, *others = stare_utils.env_ids(args.env_id)
+def check_args(args: Args, world: int) -> Task:
+    """Checks the arguments, fills in the computed ones, and returns the task."""
+    args.env_id, *others = env_ids(args.env_id)
     if others:
         raise UserError("--env-id takes one task here; sft.py and eval.py take several")
-    task = stare_utils.get_task(args.env_id)
-    sizes = ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs", "chunk_size", "save_freq")
-    stare_utils.check_args(asdict(args), dict.fromkeys(sizes, 1) | {"shaping_weight": -math.inf})
-    if args.stage_source == "learned" and (args.potential, args.potential_across_stages, args.silent_stages) != ("sigmoid", "offset", ""):
-        raise UserError("--stage-source learned knows no distances, its Phi is k alone: leave out --potential, --potential-across-stages, --silent-stages")
-    if args.silent_stages and not (set(args.silent_stages.split(",")) <= set(task.stages) and args.potential_across_stages == "offset"):
-        raise UserError(f"--silent-stages takes some of {','.join(task.stages)}, and the offset potential")
-    (rank, world, device), threads = join_processes(args.cuda), torch.get_num_threads()
-    T, N = args.num_steps, args.num_envs
-    if T * N % args.num_minibatches or T * N == 1:
-        raise UserError(f"num_envs * num_steps = {T * N} must be a multiple of --num-minibatches {args.num_minibatches}, and more than 1")
-    args.batch_size = world * T * N
+    task = get_task(args.env_id)
+    # The smallest values allowed. All other numbers may be 0, but not negative.
+    least = {
+        "num_envs": 1,
+        "num_steps": 1,
+        "num_minibatches": 1,
+        "total_timesteps": 1,
+        "update_epochs": 1,
+        "chunk_size": 1,
+        "save_freq": 1,
+        "shaping_weight": -math.inf,
+    }
+    check_numbers(asdict(args), least)
+    check_stage_args(args, task)
+    # One step alone would have no deviation to normalise by.
+    steps = args.num_envs * args.num_steps
+    if steps % args.num_minibatches or steps == 1:
+        raise UserError(
+            f"num_envs * num_steps = {steps} must be a multiple of "
+            f"--num-minibatches {args.num_minibatches}, and more than 1"
+        )
+    # A minibatch has its share in every process, so its size divides by the processes.
+    args.batch_size = world * steps
     args.minibatch_size = args.batch_size // args.num_minibatches
-    args.num_iterations = -(-args.total_timesteps // args.batch_size)
+    args.num_iterations = math.ceil(args.total_timesteps / args.batch_size)
+    # All episodes start again after as many updates as the horizon needs.
+    horizon = task.max_episode_steps
+    args.round_length = math.ceil(horizon / args.num_steps)
+    args.episodes_per_round = args.round_length * args.num_steps // horizon
+    # A run that is resumed there equals one that was never stopped.
+    args.save_freq = math.ceil(args.save_freq / args.round_length) * args.round_length
     if args.num_iterations <= args.critic_warmup:
-        print(f"warning: all {args.num_iterations} updates are critic warm-up and leave the VLA as it is; raise --total-timesteps or lower --critic-warmup")
-    fresh = -(-task.max_episode_steps // args.num_steps)  # updates between fresh starts of all episodes
-    whole = fresh * args.num_steps // task.max_episode_steps  # episodes of an env that fit between them whatever their lengths
-    save_freq = -(-args.save_freq // fresh) * fresh
+        print(
+            f"warning: all {args.num_iterations} updates are critic warm-up and leave the VLA as "
+            "it is; raise --total-timesteps or lower --critic-warmup"
+        )
+    return task
+
+
+def check_stage_args(args: Args, task: Task) -> None:
+    """Raises UserError where flags about stages contradict each other."""
+    # The learned separator gives labels alone, so nothing that reads a distance goes with it.
+    silent = args.silent_stages.split(",") if args.silent_stages else []
+    other_potential = args.potential != "sigmoid" or args.potential_across_stages != "offset"
+    if args.stage_source == "learned" and (other_potential or silent):
+        raise UserError(
+            "--stage-source learned knows no distances, its Phi is k alone: "
+            "leave out --potential, --potential-across-stages, --silent-stages"
+        )
+    unknown = set(silent) - set(task.stages)
+    if unknown or (silent and args.potential_across_stages != "offset"):
+        names = ",".join(task.stages)
+        raise UserError(f"--silent-stages takes some of {names}, and the offset potential")
+
+
+def reward_weights(args: Args, task: Task) -> tuple[float, float]:
+    """Weight w of the stage reward, and the scale of the env's own reward."""
     K = len(task.stages)
-    # STARE: weight of the stage reward. w = 1 / K keeps w * Phi in [0, 1], the value's own range: success never looks like a loss to a fresh critic
-    weight = {"stare": 1 / K if args.shaping_weight < 0 else args.shaping_weight, "sparse": 0.0, "dense": 0.0}[args.reward]
-    # A dense reward would make V ten times that of the others, and its loss drown the policy's in the gradient's norm
-    reward_scale = 1 / task.max_episode_steps if args.reward == "dense" else 1.0
-    if weight * (K if args.potential_across_stages == "offset" else 1) > 1 and args.critic_warmup == 0:
-        print(f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss to an untrained critic; add --critic-warmup")
-    state = load_state(Path(args.output_dir), "sta_ppo", rank) if args.resume and args.output_dir else None
+    if args.reward == "dense":
+        # Without this scale V would be ten times that of the other rewards, and its loss would
+        # drown the policy's loss in the gradient's norm.
+        return 0.0, 1 / task.max_episode_steps
+    if args.reward == "sparse":
+        return 0.0, 1.0
+    # STARE: the weight of the stage reward. w = 1 / K keeps w * Phi in [0, 1], the value's own
+    # range. Success gives back w * Phi, and 1 / K keeps that from looking like a loss to a critic
+    # that still says 0.
+    weight = args.shaping_weight if args.shaping_weight >= 0 else 1 / K
+    largest_phi = K if args.potential_across_stages == "offset" else 1
+    if weight * largest_phi > 1 and args.critic_warmup == 0:
+        print(
+            f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss "
+            "to an untrained critic; add --critic-warmup"
+        )
+    return weight, 1.0
+
+
+def find_start(args: Args, run: Run) -> tuple[str, str]:
+    """The policy that the run starts from, and its fingerprint. Raises UserError where a resumed
+    run was begun from another one."""
     given = args.vla or args.checkpoint
-    source = state["source"] if state else given or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
-    if given and vla.model_folder(given).resolve() != vla.model_folder(source).resolve():
-        raise UserError(f"{args.output_dir} was begun from {source}, not from {given}: choose another --output-dir")
-    if state:
-        begun = {"lora_rank": 0, **json.loads((Path(args.output_dir) / "checkpoint" / "args.json").read_text())}
-        for name, flags in (("env_id", "--env-id"), ("batch_size", "num_envs * num_steps * processes"), ("lora_rank", "--lora-rank")):
-            if begun[name] != getattr(args, name):
-                raise UserError(f"{args.output_dir} was begun with {flags} = {begun[name]}, not {getattr(args, name)}: resume with the same")
-    origin = state.get("origin", "") if state else vla.fingerprint(vla.model_folder(source))
-    # LoRA goes on from the first policy and its adapter: what a checkpoint holds is merged
-    begin = args.output_dir if state and not args.lora_rank else source
-    model, processor, folder = load_policy(begin, device, origin if begin == source else "")
+    if not run.state:
+        source = given or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
+        return source, fingerprint(model_folder(source))
+    # A resumed run keeps its start, also where a newer checkpoint could be found by now.
+    source = run.state["source"]
+    if given and model_folder(given).resolve() != model_folder(source).resolve():
+        raise UserError(
+            f"{args.output_dir} was begun from {source}, not from {given}: "
+            "choose another --output-dir"
+        )
+    run.check_same("--env-id", "env_id", args.env_id)
+    run.check_same("num_envs * num_steps * processes", "batch_size", args.batch_size)
+    run.check_same("--lora-rank", "lora_rank", args.lora_rank)
+    return source, run.state.get("origin", "")
+
+
+def load_start(args: Args, run: Run, source: str, origin: str, device: torch.device):
+    """Model, processor and folder of the policy with which this call begins."""
+    # A LoRA run goes on from its first policy, because its checkpoint holds the merged adapter.
+    if run.state and not args.lora_rank:
+        return load_policy(args.output_dir, device)
+    return load_policy(source, device, origin)
+
+
+def load_stages(args: Args, task: Task, folder: Path, codec: vla.Codec, device: torch.device):
+    """What says the stage and Phi of states. folder: the policy's, which leads to its separator."""
+    if args.stage_source == "rules":
+        return RuleStages(task.stages, args.silent_stages, device)
+    learned = load_separator(folder, args.env_id, device)
+    if not learned:
+        raise UserError(
+            f"no learned separator of {args.env_id} behind this policy: "
+            "sft.py trains one on demonstrations that it makes itself"
+        )
+    # The separator was trained on the features of that SFT policy, so they stay frozen.
+    sft_folder, separator = learned
+    sft_model, _, _ = load_policy(sft_folder, device)
+    return LearnedStages(sft_model, separator, len(task.stages), codec)
+
+
+def build_envs(args: Args, image_size: int):
+    """The vectorised envs of the roll-outs."""
+    return make_envs(
+        args.env_id,
+        args.num_envs,
+        args.seed,
+        # A dense reward pays every step, so ending at success would forfeit reward.
+        terminate_on_success=args.reward != "dense",
+        backend=args.backend,
+        reward="dense" if args.reward == "dense" else "sparse",
+        potential=args.potential,
+        potential_across_stages=args.potential_across_stages,
+        image_size=image_size,
+    )
+
+
+def load_reference(args: Args, model, source: str, origin: str, device: torch.device):
+    """The policy that the run started from, for the KL; None where the KL is left out."""
+    if not args.kl_coef:
+        return None
+    if args.lora_rank:
+        # Without its adapter the model is the policy that the run started from.
+        return model
+    reference, _, _ = load_policy(source, device, origin)
+    return reference.to(model.dtype)
+
+
+@torch.no_grad()
+def reference_logprobs(
+    args: Args,
+    reference,
+    codec: vla.Codec,
+    b_obs: dict,
+    b_bins: torch.Tensor,
+    active: torch.Tensor,
+) -> torch.Tensor:
+    """Log-probabilities (B,) of the roll-out's actions under the policy of the run's start."""
+    chunks = []
+    with vla.lora_off(reference):
+        for chunk in torch.arange(len(b_bins)).split(args.chunk_size):
+            inputs = codec.inputs({name: value[chunk] for name, value in b_obs.items()})
+            chunk = chunk.to(b_bins.device)
+            logprob, *_ = action_logprob(reference, inputs, b_bins[chunk], active)
+            chunks.append(logprob)
+    return torch.cat(chunks)
+
+
+def build_optimizer(args: Args, params: list[nn.Parameter], value_head: ValueHead):
+    """AdamW with two groups: the VLA, and the value head with its own learning rate."""
+    groups = [
+        {"params": params, "lr": args.learning_rate},
+        {"params": value_head.parameters(), "lr": args.value_learning_rate},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def set_learning_rates(args: Args, optimizer, iteration: int) -> None:
+    """The learning rates of an update. The VLA stands still during critic warm-up."""
+    # linear annealing, as in CleanRL
+    left = 1 - iteration / args.num_iterations if args.anneal_lr else 1
+    optimizer.param_groups[0]["lr"] = args.learning_rate * left
+    optimizer.param_groups[1]["lr"] = args.value_learning_rate * left
+    if iteration < args.critic_warmup:
+        # Adam's second moments fill meanwhile.
+        optimizer.param_groups[0]["lr"] = 0.0
+
+
+def forget_momentum(optimizer) -> None:
+    """Adam forgets the directions that the untrained critic taught, also in the value head."""
+    for moments in optimizer.state.values():
+        # The first ten steps or so are small, because the momentum has to grow again.
+        moments["exp_avg"].zero_()
+
+
+def resume(run: Run, model, value_head: ValueHead, optimizer, statistics) -> dict:
+    """Puts a checkpoint's training state back. Returns the scalars of the first complete round."""
+    if not run.state:
+        return {}
+    # The learning rates are this call's own. Only the moments come from the checkpoint.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": run.state["moments"]})
+    value_head.load_state_dict(load_file(run.folder / "checkpoint" / "value_head.safetensors"))
+    model.load_state_dict(run.state["adapter"], strict=False)
+    statistics.recent = run.state["recent"]
+    return run.state["first"]
+
+
+def result_settings(args: Args, weight: float, source: str, env_steps: int, wall_s: float) -> dict:
+    """What args.json holds: the arguments, and what result rows say about the training."""
+    method = "STA-PPO" if weight or args.stage_advantage else "PPO"
+    if args.reward == "dense":
+        method = "PPO-dense"
+    return {
+        **asdict(args),
+        "checkpoint": str(source),
+        "method": method,
+        "env_steps": env_steps,
+        "wall_s": round(wall_s, 1),
+    }
+
+
+def ratio_metrics(logratio: torch.Tensor, clip_coef: float) -> dict[str, torch.Tensor]:
+    """How far the policy has moved since the roll-out. logratio: (B,), of whole actions."""
+    ratio = logratio.exp()
+    return {
+        "ratio": ratio.mean(),
+        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        "old_approx_kl": (-logratio).mean(),
+        # This estimator is never negative, http://joschu.net/blog/kl-approx.html
+        "approx_kl": (ratio - 1 - logratio).mean(),
+    }
+
+
+def loss_scalars(metrics: Metrics) -> dict[str, float]:
+    """The logged losses: means over the update's minibatches."""
+    return {
+        "losses/policy_loss": metrics.mean("policy_loss"),
+        "losses/value_loss": metrics.mean("value_loss"),
+        "losses/entropy": metrics.mean("entropy"),
+        "losses/old_approx_kl": metrics.mean("old_approx_kl"),
+        "losses/approx_kl": metrics.mean("approx_kl"),
+        "losses/clipfrac": metrics.mean("clipfrac"),
+        "losses/grad_norm": metrics.mean("grad_norm"),
+        "losses/kl_to_start": metrics.mean("kl_to_start"),
+    }
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
+    """Share of the returns' variance that the critic explains. Both (B,)."""
+    # Without the clamp a critic and returns that are all zero would give 0 / 0.
+    left = (returns - values).var().clamp(min=1e-8)
+    return 1 - (left / returns.var().clamp(min=1e-8)).item()
+
+
+def print_update(global_step: int, scalars: dict[str, float]) -> None:
+    """One line per update. Success is unknown until the first round of episodes has ended."""
+    success = scalars.get("charts/success_once", math.nan)
+    length = scalars.get("charts/episodic_length", math.nan)
+    print(
+        f"step {global_step}: success {success:.2f} length {length:.1f} "
+        f"kl {scalars['losses/approx_kl']:.4f} clip {scalars['losses/clipfrac']:.2f} "
+        f"ev {scalars['losses/explained_variance']:.2f} "
+        f"entropy {scalars['losses/entropy']:.1f} SPS {scalars['charts/SPS']:.0f}",
+        flush=True,
+    )
+
+
+def log_evaluation(args: Args, run: Run, model, processor, global_step: int) -> None:
+    """Evaluates the policy greedily on seeds that training never sees."""
+    if not args.num_eval_episodes or run.rank > 0:
+        return
+    start = time.time()
+    result = evaluate(
+        model,
+        processor,
+        args.env_id,
+        args.num_eval_episodes,
+        args.seed,
+        args.num_envs,
+        backend=args.backend,
+    )
+    run.log_evaluation(result, time.time() - start, global_step)
+
+
+def main(args: Args) -> None:  # noqa: C901, PLR0915
+    # ---- set-up: check. Nothing is made before all input is known to be good ----
+    rank, world, device = parallel.join(args.cuda)
+    task = check_args(args, world)
+    weight, reward_scale = reward_weights(args, task)
+    run = Run("sta_ppo", args.output_dir, args.resume, rank)
+    source, origin = find_start(args, run)
+
+    # ---- set-up: load ----
+    model, processor, folder = load_start(args, run, source, origin, device)
     stats = task_stats(model, args.env_id, args.unnorm_key)
+    active = ~vla.constant_dims(stats["action"])
+    codec = vla.Codec(processor, task.instruction, stats, model.config.n_action_bins, device)
     set_seed(args.seed)
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
-    if not (learned := vla.load_separator(folder, args.env_id, device) if args.stage_source == "learned" else (None, None)):
-        raise UserError(f"no learned separator of {args.env_id} behind this policy: sft.py trains one on demonstrations that it makes itself")
-    sft_folder, separator = learned
-    sft_model = separator and load_policy(sft_folder, device)[0]
-    # Without its adapter LoRA's model is the first
-    reference = None if not args.kl_coef else model if args.lora_rank else load_policy(source, device, origin)[0].to(model.dtype)
-    active = ~vla.constant_dims(stats["action"])
-    silent = torch.tensor([name in args.silent_stages.split(",") for name in (*task.stages, "done")], device=device)  # (K + 1,)
-    stare_utils.check_world(args.env_id, backend=args.backend, reward=args.reward)
-    output, writer = open_run(args, "sta_ppo", rank, state["iteration"] * args.batch_size if state else 0)
-    if not output.is_dir():
-        raise UserError(f"process {rank} cannot see {output}: the nodes of a job need a file system that they share")
+    stage_of = load_stages(args, task, folder, codec, device)
+    reference = load_reference(args, model, source, origin, device)
+    check_world(args.env_id, backend=args.backend, reward=args.reward)
+
+    # ---- set-up: build ----
+    begun_at = run.state["iteration"] if run.state else 0
+    run.open(asdict(args), args.output_dir, begun_at * args.batch_size)
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "lr": args.learning_rate}, {"params": value_head.parameters(), "lr": args.value_learning_rate}],
-        betas=(0.9, 0.95), weight_decay=0.0, fused=True,
-    )  # fmt: skip
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    iteration, recent, first, warned = 0, [], {}, set()  # recent: what is logged about the last counted episodes, a dict each
-    if state:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["moments"]})
-        value_head.load_state_dict(load_file(Path(args.output_dir) / "checkpoint" / "value_head.safetensors"))
-        model.load_state_dict(state["adapter"], strict=False)
-        iteration, recent, first, start = state["iteration"], state["recent"], state["first"], start - state["wall_s"]
-    print(f"{args.num_iterations} updates of {args.batch_size} steps in {args.num_minibatches} minibatches of {args.minibatch_size}; start: {source}")
-
-    envs = make_envs(
-        args.env_id, args.num_envs, args.seed, terminate_on_success=args.reward != "dense", backend=args.backend,
-        reward="dense" if args.reward == "dense" else "sparse", potential=args.potential, potential_across_stages=args.potential_across_stages,
-        image_size=processor.image_size,
-    )  # fmt: skip
-
-    def policy_inputs(obs: dict) -> dict:
-        return processor(obs["rgb"], [task.instruction] * len(obs["rgb"]), obs["proprio"], stats.get("proprio"), device)
-
-    @torch.no_grad()
-    def stage_of(obs: dict, info: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """STARE: stage (N,) and Phi (N,) of states: by the rules, or as the learned separator sees them, step by step."""
-        if separator is None:
-            stage, phi = info["stage"].to(device), info["potential"].to(device)
-            return stage, torch.where(silent[stage], stage, phi)
-        hidden = sft_model(**policy_inputs(obs), logits_to_keep=1).last_hidden_state[:, -1]
-        stage = separator(hidden.float())[:, :K].argmax(-1)
-        return stage, stage.float()
-
-    @torch.no_grad()
-    def value_of(obs: dict) -> torch.Tensor:
-        """V (N,) of observations, from a pass over the prompt alone."""
-        return value_head(model(**policy_inputs(obs), logits_to_keep=1).last_hidden_state[:, -1])
-
-    def forward(policy, mb: torch.Tensor):
-        """What action_logprob returns for the steps mb (B,) of the roll-out."""
-        return action_logprob(policy, policy_inputs({name: value[mb] for name, value in b_obs.items()}), b_bins[mb.to(device)], active)
-
-    def log_evaluation(global_step: int) -> None:
-        if args.num_eval_episodes and rank == 0:
-            begin, result = time.time(), evaluate(model, processor, args.env_id, args.num_eval_episodes, args.seed, args.num_envs, backend=args.backend)
-            scalars = {"time/eval": time.time() - begin} | {f"eval/{key}": value for key, value in result.items() if isinstance(value, float)}
-            for key, value in scalars.items():
-                writer.add_scalar(key, value, global_step)
-            print(f"success_once {result['success_once']:.3f} over {len(result['episodes'])} episodes")
-
-    # ALGO LOGIC: storage, (T, N, ...)
-    A = len(active)
-    next_obs, next_info = envs.reset()  # for the shapes
-    begun_at, lengths = iteration, torch.tensor([stage.length for stage in task.stage_table])
-    so_far = {"returns": torch.zeros(N, 2), "steps": torch.zeros(N, K), "costs": torch.zeros(N, K)}  # of each env's present episode
-    obs = {name: torch.zeros(T, *value.shape, dtype=value.dtype) for name, value in next_obs.items()}
-    bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
-    stages = torch.zeros(T, N, dtype=torch.long, device=device)
-    logprobs, env_rewards, rewards, potentials, next_potentials, values, final_values = (torch.zeros(T, N, device=device) for _ in range(7))
-    terminated, done = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(2))
-
-    def act(t: int, n: slice) -> torch.Tensor:
-        """Actions (n, A) at step t of the envs n, in their own units. Where envs are processes, the other half computes meanwhile."""
-        for name, value in next_obs.items():
-            obs[name][t, n] = value[n]
-        # STARE: the stage of the state acted in, and its Phi
-        stages[t, n], potentials[t, n] = stage[n], phi[n]
-        member = nn.functional.one_hot(next_info["stage"][n].cpu(), K + 1)[:, :K]  # (n, K), by the rules
-        so_far["steps"][n] += member
-        so_far["costs"][n] += member * (next_info["stage_distance"][n].cpu()[:, None] / lengths)
-        bins[t, n], logprob, hidden = sample_action(model, policy_inputs({name: value[n] for name, value in next_obs.items()}), active)
-        with torch.no_grad():
-            value = value_head(hidden)
-        assert logprob.shape == value.shape == phi[n].shape, "one per env: a slice would take one for all"
-        logprobs[t, n], values[t, n] = logprob, value  # logprobs: PPO's old ones
-        return vla.detokenize_actions(bins[t, n], stats["action"], model.config.n_action_bins)
-
-    progress = tqdm(total=args.num_iterations * args.batch_size, initial=iteration * args.batch_size, desc="sta_ppo", unit="step",
-                    disable=rank > 0 or None)  # fmt: skip
+    optimizer = build_optimizer(args, params, value_head)
+    statistics = EpisodeStatistics(task.stage_table, args.num_envs, args.gamma)
+    first_scalars = resume(run, model, value_head, optimizer, statistics)
+    envs = build_envs(args, processor.image_size)
+    print(f"{args.num_iterations} updates of {args.batch_size} steps; start: {source}")
+    T = args.num_steps
+    N = args.num_envs
+    buf = Buffers(T, N, len(active), processor.image_size, device)
+    progress = Progress(
+        total=args.num_iterations, initial=begun_at, desc="sta_ppo", unit="update", disable=rank > 0
+    )
+    iteration = begun_at
     while Stop.hold(iteration < args.num_iterations):
-        # Iteration and process alone decide their random numbers and episodes: whoever resumes where episodes begin goes on as if never stopped
+        # The update's number and the process decide all random numbers, so that a run resumed where
+        # episodes begin goes on as if it had never stopped.
         torch.manual_seed((args.seed * 1_000_003 + iteration) * world + rank)
-        time_rollout = time.time()
-        if iteration % fresh == 0 or iteration == begun_at:
-            next_obs, next_info = envs.reset(seed=(args.seed * 1_000_003 + (iteration * world + rank) * N) % (stare_utils.TRAIN_SEEDS - N))
-            # Only the first `whole` episodes of each env count in the statistics: another one fits into the roll-out only after a quick success
-            counts = torch.full((N,), whole if iteration % fresh == 0 else 0)
-            for sums in so_far.values():
-                sums.zero_()
-            rows = []  # of the episodes that end before the next fresh start
-        next_obs = {name: value.clone() for name, value in next_obs.items()}  # the state to act in, from here on written in place
-        next_info = {name: next_info[name].clone() for name in ("stage", "stage_distance", "potential", "elapsed_steps")}
-        stage, phi = (x.clone() for x in stage_of(next_obs, next_info))
-        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = rate * (1 - iteration / args.num_iterations if args.anneal_lr else 1)
-        if iteration < args.critic_warmup:
-            optimizer.param_groups[0]["lr"] = 0.0  # the VLA stands still while Adam's second moments fill
+        set_learning_rates(args, optimizer, iteration)
 
-        # Roll-out, in one torch thread: the env processes are the parallelism
+        # ---- roll-out: half of the envs simulate while the policy acts for the other half ----
+        start_rollout = time.time()
+        # The env processes are the parallelism, so torch gets one thread.
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        for t, n, now_obs, reward, term, trunc, info in envs.play(act, T):
-            discount = args.gamma ** next_info["elapsed_steps"][n].cpu()  # by the episode's age, before it is written over
-            for here, now in ((next_obs, now_obs), (next_info, info)):
-                for name in here:
-                    here[name][n] = now[name]
-            assert {x.shape for x in (reward, term, trunc, info["stage"], info["potential"])} == {values[t, n].shape}, "one per env, as above"
-            env_rewards[t, n], terminated[t, n], done[t, n] = reward.to(device), term.to(device), (term | trunc).to(device)
-            stage[n], phi[n] = stage_of(now_obs, info)
-            next_potentials[t, n] = phi[n]
-            if (ended := info["_final_info"].cpu()).any():  # a mask there selects from tensors on either device
-                # STARE: Phi of the true next state. At an episode's end `info` is already the new episode's
-                final, final_obs = info["final_info"], info["final_obs"]
-                next_potentials[t, n][ended] = stage_of(final_obs, final)[1][ended]
-                final_values[t, n][ended] = value_of({name: value[ended] for name, value in final_obs.items()})
-            # STARE: the stage reward enters here; w = 0 leaves the env's own
-            rewards[t, n] = reward_scale * env_rewards[t, n]
-            if weight:
-                rewards[t, n] = shape_rewards(rewards[t, n], potentials[t, n], next_potentials[t, n], terminated[t, n], args.gamma, weight)
-            so_far["returns"][n] += torch.stack([env_rewards[t, n].cpu(), discount * rewards[t, n].cpu()], -1)
-            for j in ended.nonzero()[:, 0].tolist():
-                i = n.start + j
-                if counts[i] > 0:
-                    furthest, costs = int(final["furthest_stage"][j]), so_far["costs"][i] / so_far["steps"][i]  # NaN: the stage was never entered
-                    row = {"success_once": furthest == K, "success_at_end": bool(final["success"][j]), "episodic_return": so_far["returns"][i, 0],
-                           "shaped_return": so_far["returns"][i, 1], "episodic_length": final["elapsed_steps"][j], "furthest_stage": furthest}
-                    rows.append({f"charts/{key}": float(value) for key, value in row.items()})
-                    for k, name in enumerate(task.stages):
-                        numbers = {"reached": furthest > k, "steps": so_far["steps"][i, k], "cost": costs[k]}
-                        rows[-1] |= {f"stage/{k}_{name}_{key}": float(value) for key, value in numbers.items()}
-                counts[i] -= 1
-                for sums in so_far.values():
-                    sums[i] = 0
-        if (iteration + 1) % fresh == 0:  # whole rounds alone: the first rows of a round are its quick episodes, the last ones its failures
-            if world > 1:
-                dist.all_gather_object(shares := [None] * world, rows)
-                rows = [row for share in shares for row in share]
-            recent = (recent + rows)[-world * N * whole * -(-100 // (world * N * whole)) :]
-        # V of the true next state: the next row's value, after the last row (which cuts episodes, too) that of where the envs stand; at an episode's end,
-        # termination or truncation, that of its final observation, which compute_gae takes only for a truncation
-        next_values = torch.where(done, final_values, torch.cat([values[1:], value_of(next_obs)[None]]))
-        advantages, returns = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
+        buf.roll_over()
+        begins_round = iteration % args.round_length == 0
+        if begins_round or iteration == begun_at:
+            episode = args.seed * 1_000_003 + (iteration * world + rank) * N
+            reset_info = buf.reset(envs, episode % (TRAIN_SEEDS - N), stage_of)
+            # Episodes of a round that a resumed run begins in the middle do not count.
+            statistics.begin_round(args.episodes_per_round if begins_round else 0)
+            statistics.observe(slice(0, N), reset_info)
+        for t in range(T + 1):
+            for half in envs.halves:
+                if t > 0:
+                    # What the actions of step t - 1 led to. Where an episode has ended, these
+                    # observations and infos are already those of the next episode.
+                    step_obs, env_reward, term, trunc, info = envs.receive(half)
+                    buf.put_obs(t, half, step_obs)
+                    buf.terminated[t - 1, half] = term.to(device)
+                    buf.done[t - 1, half] = (term | trunc).to(device)
+                    buf.stages[t, half], buf.potentials[t, half] = stage_of(step_obs, info)
+                    next_phi = buf.potentials[t, half].clone()
+                    ended = info["_final_info"].cpu()
+                    if ended.any():
+                        # The true next state of an ended episode is its final observation.
+                        final_obs = info["final_obs"]
+                        _, final_phi = stage_of(final_obs, info["final_info"])
+                        next_phi[ended] = final_phi[ended]
+                        inputs = codec.inputs({name: x[ended] for name, x in final_obs.items()})
+                        value = value_of(model, value_head, inputs)
+                        buf.final_values[t - 1, half][ended] = value
+                    # STARE: the stage reward enters here. Weight 0 leaves the env's own reward.
+                    reward = reward_scale * env_reward.to(device)
+                    if weight:
+                        reward = shape_rewards(
+                            reward,
+                            buf.potentials[t - 1, half],
+                            next_phi,
+                            buf.terminated[t - 1, half],
+                            args.gamma,
+                            weight,
+                        )
+                    # One number per env: a slice would take a single one for all of them.
+                    assert reward.shape == next_phi.shape == buf.rewards[t - 1, half].shape
+                    buf.rewards[t - 1, half] = reward
+                    statistics.step(half, env_reward, reward, info)
+                    statistics.observe(half, info)
+                if t < T:
+                    # Act. PPO's old log-probabilities and values are made here.
+                    inputs = codec.inputs(buf.obs_at(t, half))
+                    buf.bins[t, half], logprob, hidden = sample_action(model, inputs, active)
+                    value = value_head(hidden).detach()
+                    # One number per env: a slice would take a single one for all of them.
+                    assert logprob.shape == value.shape == buf.potentials[t, half].shape
+                    buf.logprobs[t, half] = logprob
+                    buf.values[t, half] = value
+                    envs.send(half, codec.actions(buf.bins[t, half]))
+
+        # ---- advantages: a truncation has a future, a termination has none ----
+        inputs = codec.inputs(buf.obs_at(T, slice(None)))
+        buf.values[T] = value_of(model, value_head, inputs)
+        # V of the true next state: the next row's, or at an episode's end its final observation's.
+        next_values = torch.where(buf.done, buf.final_values, buf.values[1:])
+        advantages, returns = compute_gae(
+            buf.rewards,
+            buf.values[:T],
+            next_values,
+            buf.terminated,
+            buf.done,
+            args.gamma,
+            args.gae_lambda,
+        )
         torch.set_num_threads(threads)
-        time_update = time.time()
+        # Advantages are normalised over the buffers of all processes of a job.
+        own = torch.stack([advantages, returns, buf.values[:T], buf.stages[:T].float()])
+        all_advantages, all_returns, all_values, all_stages = parallel.concatenate(
+            own.flatten(1), rank, world
+        )
+        # STARE: --stage-advantage normalises within the stage in which the policy acted.
+        normalized = normalize(all_advantages, all_stages if args.stage_advantage else None)
 
-        # flatten the batch
-        b_obs = {name: value.flatten(0, 1) for name, value in obs.items()}
-        b_bins, b_logprobs, b_returns = bins.flatten(0, 1), logprobs.flatten(), returns.flatten()
-        # of all processes: (4, world * T * N), own steps at `own`
-        all_steps, own = torch.zeros(4, world * T * N, device=device), slice(rank * T * N, (rank + 1) * T * N)
-        all_steps[:, own] = torch.stack([advantages, returns, values, stages.float()]).flatten(1)
-        sum_over_processes([all_steps])
-        all_advantages, all_returns, all_values, all_stages = all_steps
-        # STARE: --stage-advantage normalises within the stage in which the action was taken
-        b_advantages = normalize(all_advantages, all_stages if args.stage_advantage else None)[own]
-
-        if args.kl_coef:
-            with torch.no_grad(), vla.lora_off(reference):
-                b_ref_logprobs = torch.cat([forward(reference, mb)[0] for mb in torch.arange(T * N).split(args.chunk_size)])
-
-        # Optimizing the policy and value network
-        history = []  # a row per minibatch
-        model.train(args.gradient_checkpointing)  # which works in this mode alone; the modes differ in nothing else
+        # ---- update: flatten the buffers to B = T * N steps ----
+        start_update = time.time()
+        B = T * N
+        b_obs = {name: value[:T].flatten(0, 1) for name, value in buf.obs.items()}
+        b_bins = buf.bins.flatten(0, 1)
+        b_logprobs = buf.logprobs.flatten()
+        b_returns = returns.flatten()
+        b_advantages = normalized[rank * B : (rank + 1) * B]
+        if reference is not None:
+            b_ref_logprobs = reference_logprobs(args, reference, codec, b_obs, b_bins, active)
+        metrics = Metrics()
+        largest_logratio = torch.zeros((), device=device)
+        # Gradient checkpointing works in training mode alone. The modes differ in nothing else.
+        model.train(args.gradient_checkpointing)
         for _ in range(args.update_epochs):
-            for mb in torch.randperm(T * N).split(args.minibatch_size // world):
+            for mb_inds in torch.randperm(B).split(args.minibatch_size // world):
                 optimizer.zero_grad()
-                losses, logratios = [], []
-                for chunk in mb.split(args.chunk_size):
-                    newlogprob, entropy, hidden, _ = forward(model, chunk)
-                    chunk_idx = chunk.to(device)
+                for chunk in mb_inds.split(args.chunk_size):
+                    inputs = codec.inputs({name: value[chunk] for name, value in b_obs.items()})
+                    chunk = chunk.to(device)
+                    newlogprob, entropy, hidden, _ = action_logprob(
+                        model, inputs, b_bins[chunk], active
+                    )
                     newvalue = value_head(hidden)
-                    assert newlogprob.shape == newvalue.shape == b_returns[chunk_idx].shape == chunk.shape, "this would broadcast"
+                    # Otherwise the losses below would broadcast.
+                    assert newlogprob.shape == newvalue.shape == b_returns[chunk].shape
 
-                    # Policy loss
-                    logratio = newlogprob - b_logprobs[chunk_idx]
-                    pg_loss = ppo_loss(logratio, b_advantages[chunk_idx], args.clip_coef)
-                    # Value loss
-                    v_loss = 0.5 * (newvalue - b_returns[chunk_idx]).square().mean()
-                    # KL to the start
-                    ref_loss = kl_loss(newlogprob, b_ref_logprobs[chunk_idx]) if args.kl_coef else torch.zeros((), device=device)
+                    # policy loss
+                    logratio = newlogprob - b_logprobs[chunk]
+                    pg_loss = ppo_loss(logratio, b_advantages[chunk], args.clip_coef)
+                    # value loss
+                    v_loss = 0.5 * (newvalue - b_returns[chunk]).square().mean()
+                    # KL to the policy that the run started from
+                    ref_loss = torch.zeros((), device=device)
+                    if reference is not None:
+                        ref_loss = kl_loss(newlogprob, b_ref_logprobs[chunk])
                     loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * ref_loss
-                    share = len(chunk) / len(mb)
-                    (share / world * loss).backward()  # the gradients of all chunks and processes add up to that of the minibatch's mean
-                    losses.append(share * torch.stack([pg_loss, v_loss, ref_loss, entropy.mean()]).detach())
-                    logratios.append(logratio.detach())
-                sum_over_processes([p.grad for p in (*params, *value_head.parameters())])
-                grad_norm = nn.utils.clip_grad_norm_([*params, *value_head.parameters()], args.max_grad_norm)
+                    # The gradients of all chunks and processes add up to the minibatch's.
+                    share = len(chunk) / len(mb_inds) / world
+                    (share * loss).backward()
+
+                    metrics.add(
+                        share,
+                        policy_loss=pg_loss,
+                        value_loss=v_loss,
+                        kl_to_start=ref_loss,
+                        entropy=entropy.mean(),
+                        **ratio_metrics(logratio.detach(), args.clip_coef),
+                    )
+                    if not metrics.minibatches:
+                        # Nothing has been learned since the roll-out: only rounding differs.
+                        largest_logratio = logratio.detach().abs().max().maximum(largest_logratio)
+                trained = [*params, *value_head.parameters()]
+                parallel.sum_over_processes([p.grad for p in trained])
+                grad_norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+                metrics.add(1 / world, grad_norm=grad_norm)
+                metrics.end_minibatch()
                 optimizer.step()
-                logratio, ratio = torch.cat(logratios), torch.cat(logratios).exp()
-                row = {
-                    **dict(zip(("policy_loss", "value_loss", "kl_to_start", "entropy"), torch.stack(losses).sum(0), strict=True)),
-                    "old_approx_kl": (-logratio).mean(), "approx_kl": (ratio - 1 - logratio).mean(),  # never negative, http://joschu.net/blog/kl-approx.html
-                    "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(), "grad_norm": grad_norm,
-                    "ratio": ratio.mean(),
-                }  # fmt: skip
-                sum_over_processes([means := torch.stack(list(row.values())) / world])
-                gap = logratio.abs().max()
-                if world > 1:
-                    dist.all_reduce(gap, op=dist.ReduceOp.MAX)
-                history.append({**dict(zip(row, means, strict=True)), "largest_logratio": gap})
-            if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
+            if args.target_kl is not None and metrics.last("approx_kl") > args.target_kl:
                 break
         model.eval()
         iteration += 1
         if iteration == args.critic_warmup:
-            for moments in optimizer.state.values():
-                moments["exp_avg"].zero_()  # the direction that the untrained critic taught; the value head's own as well
+            forget_momentum(optimizer)
 
-        # TRY NOT TO MODIFY: record, means over the update's minibatches
+        # ---- log: means over the update's minibatches ----
         global_step = iteration * args.batch_size
-        names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm", "kl_to_start")
-        scalars = {f"losses/{name}": torch.stack([row[name] for row in history]).mean().item() for name in names}
-        stare_utils.refuse_nan(scalars, output, {**b_obs, "bins": b_bins, "logprobs": b_logprobs, "advantages": b_advantages, "returns": b_returns})
+        parallel.largest_over_processes(largest_logratio)
+        losses = loss_scalars(metrics)
+        batch = {**b_obs, "bins": b_bins, "logprobs": b_logprobs, "advantages": b_advantages}
+        refuse_nan(losses, run.folder, {**batch, "returns": b_returns})
+        if iteration % args.round_length == 0:
+            # Whole rounds alone: the first episodes to end are the quick ones, the successes.
+            round_size = world * N * args.episodes_per_round
+            statistics.end_round(parallel.gather(statistics.rows), round_size)
         now = time.time()
-        scalars |= {
-            "losses/first_ratio": history[0]["ratio"].item(), "losses/rollout_update_logprob_gap": history[0]["largest_logratio"].item(),
-            "losses/explained_variance": 1 - ((all_returns - all_values).var().clamp(min=1e-8) / all_returns.var().clamp(min=1e-8)).item(),
+        scalars = {
+            **losses,
+            "losses/first_ratio": metrics.first("ratio"),
+            "losses/rollout_update_logprob_gap": largest_logratio.item(),
+            "losses/explained_variance": explained_variance(all_values, all_returns),
             "losses/advantage_std": all_advantages.std().item(),
-            "charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": args.batch_size / (now - time_rollout),
-            "time/rollout": time_update - time_rollout, "time/update": now - time_update, "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
-        }  # fmt: skip
-        for key in recent[0] if recent else ():
-            known = [row[key] for row in recent if not math.isnan(row[key])]
-            scalars |= {key: float(np.mean(known))} if known else {}
-        first = first or (scalars if iteration % fresh == 0 and iteration - begun_at >= fresh else {})  # the first complete round of episodes
-        for line in set(ppo_symptoms(first or scalars, scalars, weight, 0.5 if model.dtype == torch.bfloat16 else 0.05)) - warned:
-            print(f"warning: {line}")
-            warned.add(line)
-        progress.update(args.batch_size)
-        for key, value in scalars.items() if rank == 0 else ():
-            writer.add_scalar(key, value, global_step)
-        print(f"step {global_step}: success {scalars.get('charts/success_once', np.nan):.2f} length {scalars.get('charts/episodic_length', np.nan):.1f} "
-              f"kl {scalars['losses/approx_kl']:.4f} clip {scalars['losses/clipfrac']:.2f} ev {scalars['losses/explained_variance']:.2f} "
-              f"entropy {scalars['losses/entropy']:.1f} SPS {scalars['charts/SPS']:.0f}", flush=True)  # fmt: skip
-        if (Stop.asked() or iteration % save_freq == 0 or iteration == args.num_iterations) and rank == 0:
-            wall = time.time() - start
-            method = "PPO-dense" if args.reward == "dense" else "STA-PPO" if weight or args.stage_advantage else "PPO"
-            state = {"script": "sta_ppo", "iteration": iteration, "recent": recent, "first": first, "source": str(source), "origin": origin, "wall_s": wall}
-            info = {**asdict(args), "checkpoint": str(source), "method": method, "env_steps": global_step, "wall_s": round(wall, 1)}
-            save_checkpoint(output, model, processor, info, state, optimizer, {"value_head": value_head})
-        if args.eval_freq and iteration % args.eval_freq == 0 and iteration < args.num_iterations and not Stop.leaving:
-            log_evaluation(global_step)
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/SPS": args.batch_size / (now - start_rollout),
+            "time/rollout": start_update - start_rollout,
+            "time/update": now - start_update,
+            "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
+            **statistics.means(),
+        }
+        run.log(scalars, global_step)
+        if iteration % args.round_length == 0 and iteration - begun_at >= args.round_length:
+            first_scalars = first_scalars or scalars
+        rounding = 0.5 if model.dtype == torch.bfloat16 else 0.05
+        run.warn(ppo_symptoms(first_scalars or scalars, scalars, weight, rounding))
+        print_update(global_step, scalars)
+        progress.update()
+
+        # ---- save and evaluate ----
+        saves = iteration % args.save_freq == 0 or iteration == args.num_iterations
+        # All processes ask, because all of them leave when one was asked to.
+        if (Stop.asked() or saves) and rank == 0:
+            state = {
+                "script": "sta_ppo",
+                "iteration": iteration,
+                "recent": statistics.recent,
+                "first": first_scalars,
+                "source": str(source),
+                "origin": origin,
+                "wall_s": run.seconds(),
+            }
+            settings = result_settings(args, weight, source, global_step, run.seconds())
+            save_checkpoint(
+                run.folder,
+                model,
+                processor,
+                settings,
+                state,
+                optimizer,
+                heads={"value_head": value_head},
+            )
+        evaluates = args.eval_freq and iteration % args.eval_freq == 0
+        if evaluates and iteration < args.num_iterations and not Stop.leaving:
+            log_evaluation(args, run, model, processor, global_step)
     progress.close()
     envs.close()
-    if rank > 0:
-        return
-    log_evaluation(iteration * args.batch_size)
-    writer.close()
-    print(f"wrote {output / 'checkpoint'} after {time.time() - start:.0f} s")
+    if rank == 0:
+        log_evaluation(args, run, model, processor, iteration * args.batch_size)
+        run.close()
 
 
 if __name__ == "__main__":
-    with stare_utils.one_line_errors():
+    with one_line_errors():
         main(tyro.cli(Args))

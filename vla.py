@@ -1,30 +1,30 @@
-"""The VLA as HuggingFace knows it: OpenVLA's architecture, its processor, and actions <-> tokens. No environment, no algorithm.
+"""The VLA as HuggingFace knows it: OpenVLA's architecture, its processor, and actions <-> tokens.
 
-One class serves two configurations: openvla-7b's published layout (DINOv2 + SigLIP towers, Llama-2; `from_pretrained` reads its
-folder as it is, with the published parameter names) and the tiny default (`tiny_config`: a convolutional tower and a three-layer
-Llama, about 1 M parameters, trained from scratch by `sft.py`). Import this module and the Auto classes know both.
+This file knows no environment, no algorithm and no checkpoint folder. One class serves two models:
+- openvla-7b in its published layout: DINOv2 and SigLIP towers, then Llama-2. `from_pretrained`
+  reads the published folder as it is, with the published parameter names.
+- the tiny default of `tiny_config`: a convolutional tower and a three-layer Llama with about
+  1 M parameters, which `sft.py` trains from scratch.
+Importing this file registers both with HuggingFace's Auto classes.
 
-Letters: B batch, L text tokens, P image patches, A action tokens, D hidden width, V vocabulary.
-Sequence: `<s>`, P patches, one proprioception token (tiny only), text, action tokens. Action bin b is token id V_text - 1 - b.
-Architecture: openvla/openvla@c8f03f4 (prismatic/extern/hf) and timm's ViT names; written anew.
+Letters: B batch, A action tokens, L text tokens, P image patches, D hidden width,
+V vocabulary.
+The sequence is `<s>`, P patches, one proprioception token (tiny model only), text, action tokens.
+Action bin b is token id V_text - 1 - b, where V_text is the vocabulary without its padding.
+Source: openvla/openvla@c8f03f4 (prismatic/extern/hf) for the architecture and timm for the names
+of the ViT's parameters. The code is our own.
 """
+
 import contextlib
-import functools
-import json
 import math
-import re
-import shutil
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -46,106 +46,233 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 Tensor = torch.Tensor
-torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on a GPU too: roll-out and update must give the same log-probabilities
 
-# timm ids of the published towers -> width, blocks, heads, MLP width, patch, prefix tokens, LayerScale
+# Roll-out and update must give the same log-probabilities.
+# TF32 would round the convolutions of a float32 model on a GPU.
+torch.backends.cudnn.allow_tf32 = False
+
+# The published towers by their timm ids.
+# `prefix` counts the class and register tokens before the patches.
 TOWERS = {
-    "vit_large_patch14_reg4_dinov2.lvd142m": (1024, 24, 16, 4096, 14, 5, True),
-    "vit_so400m_patch14_siglip_224": (1152, 27, 16, 4304, 14, 0, False),
+    "vit_large_patch14_reg4_dinov2.lvd142m": {
+        "width": 1024,
+        "blocks": 24,
+        "heads": 16,
+        "mlp": 4096,
+        "patch": 14,
+        "prefix": 5,
+        "layer_scale": True,
+    },
+    "vit_so400m_patch14_siglip_224": {
+        "width": 1152,
+        "blocks": 27,
+        "heads": 16,
+        "mlp": 4304,
+        "patch": 14,
+        "prefix": 0,
+        "layer_scale": False,
+    },
 }
 
+# Llama's token for a space. The published prompt ends in it.
+LLAMA_SPACE_ID = 29871
+PUBLISHED_PROMPT = "In: What action should the robot take to {instruction}?\nOut: "
+TINY_PROMPT = "{instruction}: "
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Actions <-> tokens
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ---- actions <-> tokens --------------------------------------------------------------------------
+def action_ranges(stats: dict, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The lists q01, q99 and mask of action statistics as tensors (A,), (A,) and (A,) bool.
+
+    Statistics without a mask scale every dimension.
+    """
+    q01 = torch.tensor(stats["q01"], device=device)
+    q99 = torch.tensor(stats["q99"], device=device)
+    everything = [True] * len(stats["q01"])
+    mask = torch.tensor(stats.get("mask", everything), device=device)
+    return q01, q99, mask
+
+
 def constant_dims(stats: dict) -> Tensor:
-    """(A,) bool: dimensions that never vary in the demonstrations. They decode to q01 whatever the token says, so no loss counts them."""
+    """(A,) bool: true for the dimensions that never vary in the demonstrations.
+
+    These decode to q01 whatever their token is, so no loss counts their tokens.
+    """
     return torch.tensor(stats["q99"]) - torch.tensor(stats["q01"]) < 1e-6
 
 
 def tokenize_actions(actions: Tensor, stats: dict, n_bins: int = 256) -> Tensor:
-    """Actions (N, A) in the env's units -> bins (N, A) long in 0..n_bins-1.
+    """Actions (B, A) in the env's units -> bins (B, A) long in 0..n_bins-1.
 
-    stats: the `action` entry of `norm_stats`: lists `q01`, `q99` and (optional) `mask`. Where mask is true, [q01, q99] maps to
-    [-1, 1]; where it is false the action is taken as it is. Values outside are clipped. Binning as OpenVLA's ActionTokenizer:
-    n_bins edges over [-1, 1]; a dimension with q99 - q01 < 1e-6 gets bin n_bins // 2.
+    stats: the `action` entry of `norm_stats`, with lists `q01`, `q99` and (optional) `mask`.
+    Where mask is true, [q01, q99] maps to [-1, 1]. Where it is false, the action is not scaled.
+    Values outside [-1, 1] are clipped. The binning is that of OpenVLA's ActionTokenizer: n_bins
+    edges over [-1, 1]. A dimension with q99 - q01 < 1e-6 gets bin n_bins // 2.
     """
-    q01, q99, mask = (torch.tensor(x, device=actions.device) for x in (stats["q01"], stats["q99"], stats.get("mask", [True] * len(stats["q01"]))))
+    q01, q99, mask = action_ranges(stats, actions.device)
     constant = q99 - q01 < 1e-6
-    scaled = torch.where(mask, 2 * (actions - q01) / torch.where(constant, 1.0, q99 - q01) - 1, actions).clamp(-1, 1)
-    bins = ((scaled + 1) * (n_bins - 1) / 2).floor().long().clamp(0, n_bins - 1)
+    # A constant dimension is divided by 1, because its range is zero.
+    width = torch.where(constant, 1.0, q99 - q01)
+    scaled = 2 * (actions - q01) / width - 1
+    # Unscaled dimensions are expected in [-1, 1] as they are.
+    scaled = torch.where(mask, scaled, actions).clamp(-1, 1)
+    # Only the value 1 itself falls into the last bin.
+    bins = ((scaled + 1) * (n_bins - 1) / 2).floor().long()
+    bins = bins.clamp(0, n_bins - 1)
     return torch.where(constant, n_bins // 2, bins)
 
 
 def detokenize_actions(tokens: Tensor, stats: dict, n_bins: int = 256) -> Tensor:
-    """Bins (N, A) -> actions (N, A) float in the env's units: bin b decodes to the centre of interval min(b, n_bins - 2),
-    which is 1 or -1 by its sign where `binary` (optional, of `signed_gripper`) is true."""
-    q01, q99, mask = (torch.tensor(x, device=tokens.device) for x in (stats["q01"], stats["q99"], stats.get("mask", [True] * len(stats["q01"]))))
-    scaled = (2 * tokens.clamp(0, n_bins - 2).float() + 1) / (n_bins - 1) - 1
-    actions = torch.where(mask, (scaled + 1) / 2 * (q99 - q01) + q01, scaled)
-    actions = torch.where(torch.tensor(stats.get("binary", [False] * len(q01)), device=tokens.device), 2.0 * (actions > 0) - 1, actions)
+    """Bins (B, A) -> actions (B, A) float in the env's units.
+
+    stats: as for `tokenize_actions`. Bin b decodes to the centre of interval min(b, n_bins - 2).
+    Where the list `binary` (optional, from `signed_gripper`) is true, only the sign counts: the
+    action is 1 or -1. Dimensions that never vary decode to q01.
+    """
+    q01, q99, mask = action_ranges(stats, tokens.device)
+    # n_bins edges enclose n_bins - 1 intervals, so the last two bins share one.
+    interval = tokens.clamp(0, n_bins - 2).float()
+    scaled = (2 * interval + 1) / (n_bins - 1) - 1
+    unscaled = (scaled + 1) / 2 * (q99 - q01) + q01
+    actions = torch.where(mask, unscaled, scaled)
+    # Statistics without the list `binary` have no such dimension.
+    nothing = [False] * len(q01)
+    binary = torch.tensor(stats.get("binary", nothing), device=tokens.device)
+    actions = torch.where(binary, 2.0 * (actions > 0) - 1, actions)
     return torch.where(q99 - q01 < 1e-6, q01, actions).float()
 
 
 def blur_bins(bins: Tensor, deviation: float, n_bins: int, generator: torch.Generator) -> Tensor:
-    """Bins (N, A) long, each moved by Gaussian noise of `deviation` bins: a soft target. Noise is reflected at the outermost bins; clamped there, half of
-    such a label would lie in one bin, at deviation 4 five times the peak of any other label, and argmax would take the end where it is the less likely."""
-    last, noise = n_bins - 1, deviation * torch.randn(bins.shape, generator=generator)
-    return (last - (last - (bins + noise.round().long()).abs()).abs()).clamp(min=0)
+    """Bins (B, A) long, each moved by Gaussian noise of `deviation` bins: a soft target.
+
+    The noise is reflected at the outermost bins. Clamping would put half the mass of an outermost
+    label into one bin. At deviation 4 that is five times the peak of any other label, and argmax
+    would choose the outermost bin where it is the less likely one.
+    """
+    last = n_bins - 1
+    noise = deviation * torch.randn(bins.shape, generator=generator)
+    # The absolute value reflects at bin 0, the line below it at the last bin.
+    moved = (bins + noise.round().long()).abs()
+    moved = last - (last - moved).abs()
+    # Noise wider than the whole range has been reflected to below bin 0.
+    return moved.clamp(min=0)
 
 
 def signed_gripper(stats: dict) -> dict:
-    """Action statistics of OpenVLA's data for an env whose gripper command runs from -1 to 1: published ones leave the gripper unscaled (mask false),
-    0 closed and 1 open. So token value x decodes to 1 above 0.5, else to -1, as RL4VLA and SimplerEnv take it. Its proprioception, of other robots, is
-    left out."""
+    """Statistics of OpenVLA's data for an env whose gripper command runs from -1 to 1.
+
+    Published statistics leave the gripper unscaled (mask false), with 0 closed and 1 open. Here a
+    token value above 0.5 decodes to 1, any other to -1, as in RL4VLA and SimplerEnv. Returns the
+    `action` entry alone: the proprioception statistics are those of other robots.
+    """
     action = stats["action"]
     mask = action.get("mask", [True] * len(action["q01"]))
-    rows = [(low, high, True) if scaled else (-3.0, 1.0, True) for low, high, scaled in zip(action["q01"], action["q99"], mask)]
-    return {"action": {**dict(zip(("q01", "q99", "mask"), map(list, zip(*rows)))), "binary": action.get("binary", [not scaled for scaled in mask])}}
+    # [-1, 1] maps to [-3, 1], so the token value 0.5 maps to 0, where the sign changes.
+    q01 = [low if scaled else -3.0 for low, scaled in zip(action["q01"], mask)]
+    q99 = [high if scaled else 1.0 for high, scaled in zip(action["q99"], mask)]
+    signed = {
+        "q01": q01,
+        "q99": q99,
+        "mask": [True] * len(mask),
+        # Statistics that were signed before keep their binary dimensions.
+        "binary": action.get("binary", [not scaled for scaled in mask]),
+    }
+    return {"action": signed}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 class OpenVLAConfig(PreTrainedConfig):
-    """openvla-7b's `config.json`, plus what the tiny model needs. `timm_model_ids` names the published towers; `vision_widths`, when
-    given, replaces them by a convolutional tower of these widths. `vit_overrides` shrinks the ViTs for tests (width, blocks, heads, MLP)."""
+    """openvla-7b's `config.json`, plus what the tiny model needs.
+
+    timm_model_ids: names of the published towers. image_sizes: pixels, one for each tower.
+    norm_stats: task or data set -> its statistics `action` and `proprio`.
+    pad_to_multiple_of: how many rows of the vocabulary are padding.
+    vision_widths: replaces the towers by one convolutional tower of these widths.
+    vit_overrides: shrinks the ViTs for tests ("width", "blocks", "heads", "mlp").
+    proprio_dim: numbers of proprioception. 0: the model has no proprioception token.
+    """
 
     model_type = "openvla"
     sub_configs = {"text_config": LlamaConfig}
 
     def __init__(
-        self, text_config=None, timm_model_ids=(), image_sizes=(224, 224), n_action_bins=256, norm_stats=None, pad_to_multiple_of=64,
-        vision_widths=None, vit_overrides=None, proprio_dim=0, **kwargs,
-    ):  # fmt: skip
-        text_config = dict(text_config.to_dict() if isinstance(text_config, LlamaConfig) else text_config or {})
+        self,
+        text_config=None,
+        timm_model_ids=(),
+        image_sizes=(224, 224),
+        n_action_bins=256,
+        norm_stats=None,
+        pad_to_multiple_of=64,
+        vision_widths=None,
+        vit_overrides=None,
+        proprio_dim=0,
+        **kwargs,
+    ):
+        if isinstance(text_config, LlamaConfig):
+            text_config = text_config.to_dict()
+        text_config = dict(text_config or {})
+        # The class LlamaConfig knows its own model type.
         text_config.pop("model_type", None)
         self.text_config = LlamaConfig(**text_config)
-        self.timm_model_ids, self.image_sizes, self.n_action_bins = list(timm_model_ids), list(image_sizes), n_action_bins
-        self.norm_stats, self.pad_to_multiple_of = norm_stats or {}, pad_to_multiple_of
-        self.vision_widths, self.vit_overrides, self.proprio_dim = vision_widths, vit_overrides, proprio_dim
+        self.timm_model_ids = list(timm_model_ids)
+        self.image_sizes = list(image_sizes)
+        self.n_action_bins = n_action_bins
+        self.norm_stats = norm_stats or {}
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.vision_widths = vision_widths
+        self.vit_overrides = vit_overrides
+        self.proprio_dim = proprio_dim
+        # OpenVLA's head of the vocabulary has weights of its own.
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
     @property
     def action_id_end(self) -> int:
-        """Bin b is token id `action_id_end - 1 - b`: the last ids of the vocabulary without its padding."""
+        """Bin b is token id `action_id_end - 1 - b`.
+
+        The action bins are the last ids of the vocabulary without its padding.
+        """
         return self.text_config.vocab_size - self.pad_to_multiple_of
 
 
-def tiny_config(vocab_size: int = 768, image_size: int = 128, width: int = 128, layers: int = 3) -> OpenVLAConfig:
-    """The default, trained from scratch. 16 image tokens keep a training sample near 3 ms on two CPU cores; a stem of small
-    convolutions localises a cube three times better than one patch projection of equal cost."""
+def tiny_config(
+    vocab_size: int = 768,
+    image_size: int = 128,
+    width: int = 128,
+    layers: int = 3,
+) -> OpenVLAConfig:
+    """Configuration of the default model, which is trained from scratch.
+
+    vocab_size: text tokens and 256 action bins. image_size: pixels. width: D.
+    16 image tokens keep a training sample near 3 ms on two CPU cores. A stem of small convolutions
+    localises a cube three times better than one patch projection of equal cost.
+    """
     text = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=352 * width // 128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
-    return OpenVLAConfig(text.to_dict(), image_sizes=[image_size] * 2, pad_to_multiple_of=0, vision_widths=[32, 64, 128, 128], proprio_dim=8)
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=352 * width // 128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        # These are the ids of the special tokens in `tiny_processor`.
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    return OpenVLAConfig(
+        text.to_dict(),
+        image_sizes=[image_size, image_size],
+        pad_to_multiple_of=0,
+        vision_widths=[32, 64, 128, 128],
+        proprio_dim=8,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Vision
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- vision --------------------------------------------------------------------------------------
+# The order in which modules are made is the order in which they draw their initial weights.
 class LayerScale(nn.Module):
+    """One learned factor for each channel."""
+
     def __init__(self, width: int):
         super().__init__()
         self.scale_factor = nn.Parameter(torch.ones(width))
@@ -155,219 +282,362 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention over all positions. (B, positions, width) -> the same."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, P, width / heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        # Each of the three is (B, heads, positions, width / heads).
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        # The patches of one image attend to each other without a mask.
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
+    """Two layers, applied to each position alone."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(GradientCheckpointingLayer):
-    def __init__(self, width: int, heads: int, hidden: int, scale: bool):
+    """One transformer block with the normalisation first, as in timm."""
+
+    def __init__(self, width: int, heads: int, hidden: int, layer_scale: bool):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = Attention(width, heads), MLP(width, hidden)
-        self.ls1, self.ls2 = (LayerScale(width), LayerScale(width)) if scale else (nn.Identity(), nn.Identity())
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.mlp = MLP(width, hidden)
+        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        # Without LayerScale `ls1` and `ls2` do nothing.
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
+    """(B, 3, H, W) -> (B, P, width): one linear map of each square patch."""
+
     def __init__(self, width: int, patch: int):
         super().__init__()
         self.proj = nn.Conv2d(3, width, patch, patch)
 
     def forward(self, x: Tensor) -> Tensor:
+        # (B, width, H / patch, W / patch) -> (B, P, width)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class ViT(nn.Module):
-    """One published tower under timm's parameter names. Returns what OpenVLA uses: the patches after the second-to-last block;
-    the last block and norm exist for their names only. (B, 3, H, W) -> (B, P, width)."""
+    """One published tower under timm's parameter names. (B, 3, H, W) -> (B, P, width).
+
+    It returns what OpenVLA uses: the patches after the second-to-last block. The last block and
+    the norm are not run. They exist because the published files hold their weights.
+    """
 
     def __init__(self, timm_id: str, image_size: int, overrides: dict | None):
         super().__init__()
-        width, blocks, heads, hidden, patch, self.prefix, scale = TOWERS[timm_id]
-        if overrides:
-            width, blocks, heads, hidden = (overrides[name] for name in ("width", "blocks", "heads", "mlp"))
-        self.width, self.patch_embed = width, PatchEmbed(width, patch)
-        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2, width))
+        # Tests shrink the tower, except for its patches and its prefix.
+        shape = {**TOWERS[timm_id], **(overrides or {})}
+        width = shape["width"]
+        num_patches = (image_size // shape["patch"]) ** 2
+        self.width = width
+        self.prefix = shape["prefix"]
+        self.patch_embed = PatchEmbed(width, shape["patch"])
+        # A published model loads its own values, so zeros are enough here.
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, width))
         if self.prefix:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
             self.reg_token = nn.Parameter(torch.zeros(1, self.prefix - 1, width))
-        self.blocks = nn.ModuleList(Block(width, heads, hidden, scale) for _ in range(blocks))
+        blocks = []
+        for _ in range(shape["blocks"]):
+            block = Block(width, shape["heads"], shape["mlp"], shape["layer_scale"])
+            blocks.append(block)
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x) + self.pos_embed
         if self.prefix:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x], 1)
+            # Class and register tokens have no position of their own.
+            cls = self.cls_token.expand(len(x), -1, -1)
+            reg = self.reg_token.expand(len(x), -1, -1)
+            x = torch.cat([cls, reg, x], 1)
         for block in self.blocks[:-1]:
             x = block(x)
+        # Only the patches go on to the language model.
         return x[:, self.prefix :]
 
 
 class TwoTowers(nn.Module):
-    """DINOv2 and SigLIP side by side. (B, 6, H, W), the first three channels normalised for DINOv2 -> (B, P, sum of widths)."""
+    """DINOv2 and SigLIP side by side. (B, 6, H, W) -> (B, P, sum of both widths).
+
+    The first three channels are normalised for DINOv2, the last three for SigLIP.
+    """
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__()
         dino, siglip = config.timm_model_ids
-        self.featurizer = ViT(dino, config.image_sizes[0], config.vit_overrides)
-        self.fused_featurizer = ViT(siglip, config.image_sizes[1], config.vit_overrides)
+        dino_size, siglip_size = config.image_sizes
+        self.featurizer = ViT(dino, dino_size, config.vit_overrides)
+        self.fused_featurizer = ViT(siglip, siglip_size, config.vit_overrides)
         self.width = self.featurizer.width + self.fused_featurizer.width
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return torch.cat([self.featurizer(pixels[:, :3]), self.fused_featurizer(pixels[:, 3:])], -1)
+        dino = self.featurizer(pixels[:, :3])
+        siglip = self.fused_featurizer(pixels[:, 3:])
+        return torch.cat([dino, siglip], -1)
 
 
 class ConvTower(nn.Module):
-    """The tiny tower: an 8x8 convolution of stride 4, then 3x3 ones of stride 2. (B, 3, 128, 128) -> (B, 16, width)."""
+    """The tower of the tiny model. (B, 3, 128, 128) -> (B, 16, width).
+
+    An 8x8 convolution of stride 4 comes first, then 3x3 convolutions of stride 2.
+    """
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__()
         widths = config.vision_widths
-        convs = [nn.Conv2d(3, widths[0], 8, 4, padding=2), nn.GELU()]
-        for before, after in zip(widths, widths[1:], strict=False):
-            convs += [nn.Conv2d(before, after, 3, 2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
-        self.stem, self.width = nn.Sequential(*convs), widths[-1]
-        side = config.image_sizes[0] // (4 * 2 ** (len(widths) - 1))
+        layers = [nn.Conv2d(3, widths[0], 8, 4, padding=2), nn.GELU()]
+        for before, after in zip(widths, widths[1:]):
+            layers += [
+                nn.Conv2d(before, after, 3, 2, padding=1),
+                nn.GroupNorm(8, after),
+                nn.GELU(),
+            ]
+        self.stem = nn.Sequential(*layers)
+        self.width = widths[-1]
+        # The first convolution divides the side by 4, each of the others by 2.
+        stride = 4 * 2 ** (len(widths) - 1)
+        side = config.image_sizes[0] // stride
         self.pos_embed = nn.Parameter(torch.zeros(1, side * side, self.width))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        # (B, width, side, side) -> (B, P, width)
         return self.stem(pixels).flatten(2).transpose(1, 2) + self.pos_embed
 
 
 class Projector(nn.Module):
-    """Patches into the language model's width: three layers behind the fused towers, two behind the tiny one."""
+    """A linear map into the language model's width, with hidden layers.
+
+    It has three layers behind the two published towers (`fused`), and two in the tiny model.
+    """
 
     def __init__(self, vision: int, text: int, fused: bool):
         super().__init__()
         hidden = 4 * vision if fused else text
-        self.fc1, self.fc2 = nn.Linear(vision, hidden), nn.Linear(hidden, text)
+        self.fc1 = nn.Linear(vision, hidden)
+        self.fc2 = nn.Linear(hidden, text)
         self.fc3 = nn.Linear(text, text) if fused else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc2(F.gelu(self.fc1(x)))
-        return self.fc3(F.gelu(x)) if self.fc3 else x
+        if self.fc3 is not None:
+            x = self.fc3(F.gelu(x))
+        return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 @dataclass
 class OpenVLAOutput(ModelOutput):
+    """What `forward` returns."""
+
     logits: Tensor | None = None
     """(B, kept positions, V)"""
     last_hidden_state: Tensor | None = None
     """(B, kept positions, D)"""
     past_key_values: object | None = None
+    """the key-value cache, with use_cache"""
 
 
 class OpenVLAForActionPrediction(PreTrainedModel):
+    """Image, instruction and (tiny model) proprioception -> logits of the next token."""
+
     config_class = OpenVLAConfig
     base_model_prefix = ""
     _supports_sdpa = True
     supports_gradient_checkpointing = True
+    # The published files hold a pooling layer of SigLIP that the published forward does not use.
     _keys_to_ignore_on_load_unexpected = [r"\.attn_pool\."]
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__(config)
+        width = config.text_config.hidden_size
         fused = not config.vision_widths
         self.vision_backbone = TwoTowers(config) if fused else ConvTower(config)
-        self.projector = Projector(self.vision_backbone.width, config.text_config.hidden_size, fused)
+        self.projector = Projector(self.vision_backbone.width, width, fused)
         self.language_model = LlamaForCausalLM(config.text_config)
         if config.proprio_dim:
-            self.proprio_projector = Projector(config.proprio_dim, config.text_config.hidden_size, False)
+            self.proprio_projector = Projector(config.proprio_dim, width, False)
         self.post_init()
 
     def _init_weights(self, module):
-        """PyTorch's own initialisation for all but the language model, which initialises itself (normal(0.02)). Only for models made from a configuration."""
+        """Keeps PyTorch's own initialisation of a new model.
+
+        The language model is the exception. It initialises itself (normal, deviation 0.02).
+        """
 
     def init_action_rows(self) -> None:
-        """Makes neighbouring bins alike from the start: the 256 action rows of embedding and head become smooth functions of the bin,
-        row_k = 0.1 cos(pi t k) / (1 + k / 8), t in [0, 1]. Cross-entropy does not know that bin 130 is next to 131; this tells it."""
-        n, end = self.config.n_action_bins, self.config.action_id_end
+        """Makes neighbouring bins alike from the start.
+
+        The action rows of embedding and head become smooth functions of the bin:
+        row[t, k] = 0.1 cos(pi t k) / (1 + k / 8), with t in [0, 1] over the bins and channel k.
+        Cross-entropy does not know that bin 130 is next to bin 131. These rows tell it.
+        """
+        n_bins = self.config.n_action_bins
+        end = self.config.action_id_end
+        t = torch.linspace(0, 1, n_bins)[:, None]
         k = torch.arange(self.config.text_config.hidden_size)
-        rows = 0.1 * torch.cos(math.pi * torch.linspace(0, 1, n)[:, None] * k) / (1 + k / 8)
-        for table in (self.language_model.get_input_embeddings(), self.language_model.get_output_embeddings()):
-            table.weight.data[end - n : end] = rows.flip(0)
+        rows = 0.1 * torch.cos(math.pi * t * k) / (1 + k / 8)
+        # Bin 0 is the last id, so the rows are flipped.
+        rows = rows.flip(0)
+        self.language_model.get_input_embeddings().weight.data[end - n_bins : end] = rows
+        self.language_model.get_output_embeddings().weight.data[end - n_bins : end] = rows
 
     def get_input_embeddings(self):
+        """The token embedding, which HuggingFace asks for by this name."""
         return self.language_model.get_input_embeddings()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None, proprio: Tensor | None = None,
-        past_key_values=None, use_cache: bool = False, logits_to_keep: int = 0,
-    ) -> OpenVLAOutput:  # fmt: skip
-        """One pass over `<s>`, patches, text (and action tokens, where they stand in `input_ids`).
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        proprio: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> OpenVLAOutput:
+        """One pass over `<s>`, patches, text, and the action tokens that stand in `input_ids`.
 
-        input_ids, attention_mask: (B, L), `<s>` first, padding between `<s>` and the text; pixel_values: (B, C, H, W); proprio: (B, proprio_dim).
-        Returns logits (B, L + P, V) at every position, or at the last `logits_to_keep`. With past_key_values: input_ids (B, n) are the next
-        tokens, attention_mask covers the whole sequence so far (see `sample_action` in the scripts).
+        input_ids, attention_mask: (B, L), `<s>` first, padding between `<s>` and the text.
+        pixel_values: (B, 3 * towers, H, W). proprio: (B, proprio_dim), normalised.
+        Returns logits (B, L + num_prefix, V), or those of the last `logits_to_keep` positions.
+        With past_key_values, input_ids (B, n) are the next tokens alone and attention_mask covers
+        the whole sequence so far (`sample_action` in the scripts does this).
         """
-        embeds = self.language_model.get_input_embeddings()(input_ids)
+        embeds = self.get_input_embeddings()(input_ids)  # (B, L, D)
         mask = attention_mask
         if past_key_values is None:
-            middle = [self.projector(self.vision_backbone(pixel_values.to(embeds.dtype)))]
+            inserted = self.projector(self.vision_backbone(pixel_values.to(embeds.dtype)))
             if self.config.proprio_dim:
-                middle.append(self.proprio_projector(proprio.to(embeds.dtype))[:, None])
-            middle = torch.cat(middle, 1)
-            embeds = torch.cat([embeds[:, :1], middle, embeds[:, 1:]], 1)
-            mask = torch.cat([mask[:, :1], mask.new_ones(middle.shape[:2]), mask[:, 1:]], 1)
-        positions = (mask.cumsum(-1) - 1)[:, -embeds.shape[1] :]
-        hidden = self.language_model.model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=past_key_values, use_cache=use_cache
+                token = self.proprio_projector(proprio.to(embeds.dtype))[:, None]
+                inserted = torch.cat([inserted, token], 1)
+            # The observation stands between `<s>` and the text.
+            embeds = torch.cat([embeds[:, :1], inserted, embeds[:, 1:]], 1)
+            seen = mask.new_ones(inserted.shape[:2])
+            mask = torch.cat([mask[:, :1], seen, mask[:, 1:]], 1)
+        # Padding does not advance the position, so it changes no log-probability.
+        positions = mask.cumsum(-1) - 1
+        out = self.language_model.model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions[:, -embeds.shape[1] :],
+            past_key_values=past_key_values,
+            use_cache=use_cache,
         )
-        kept = hidden.last_hidden_state[:, -logits_to_keep:]  # -0: all of them
-        return OpenVLAOutput(logits=self.language_model.lm_head(kept), last_hidden_state=kept, past_key_values=hidden.past_key_values)
+        # The default keeps all positions, because -0 is 0.
+        kept = out.last_hidden_state[:, -logits_to_keep:]
+        # The head is the widest layer, so it runs on the kept positions alone.
+        logits = self.language_model.lm_head(kept)
+        return OpenVLAOutput(
+            logits=logits,
+            last_hidden_state=kept,
+            past_key_values=out.past_key_values,
+        )
 
     @classmethod
     def from_pretrained(cls, folder, *inputs, output_loading_info: bool = False, **kwargs):
-        """As ever, but ValueError unless each weight of the model is in the folder's files and is what they hold: transformers 5.0.0 loads other
-        values where it initialises what it has loaded, and a missing one is only logged."""
+        """As in transformers, except that every weight of the model must come from the files.
+
+        Raises ValueError where a weight is missing in the folder's files or differs from them.
+        transformers 5.0.0 only logs a missing weight. It can also initialise a weight again after
+        loading it, which changes the weight.
+        """
         transformers_logging.disable_progress_bar()
         model, info = super().from_pretrained(folder, *inputs, output_loading_info=True, **kwargs)
-        wrong, weights = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}, model.state_dict()
-        for file in Path(folder).glob("model*.safetensors"):
-            with safe_open(file, "pt") as tensors:
-                held = {name: weights[name] for name in tensors.keys() if name in weights}
-                wrong |= {name for name, weight in held.items() if not torch.equal(weight.cpu(), tensors.get_tensor(name).to(weight.dtype))}
+        wrong = set(info["missing_keys"])
+        for name, *_ in info["mismatched_keys"]:
+            wrong.add(name)
+        wrong |= weights_unlike_files(model, Path(folder))
         if wrong:
-            raise ValueError(f"{len(wrong)} weights are not those of its files, {min(wrong)} for example: a part is missing, or transformers has changed them")
+            raise ValueError(
+                f"{len(wrong)} weights are not those of its files, {min(wrong)} for example: "
+                "a part is missing, or transformers has changed them"
+            )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, folder, **kwargs) -> None:
-        """As ever, but LoRA matrices (`add_lora`) are merged into what is written: a checkpoint is always a whole model."""
+        """As in transformers, except that LoRA matrices are merged into what is written.
+
+        A checkpoint is therefore always a whole model.
+        """
         transformers_logging.disable_progress_bar()
-        state = {name.replace(".base_layer.", "."): value for name, value in self.state_dict().items() if ".lora_" not in name}
+        state = {}
+        # A merged checkpoint has the names of a model without LoRA.
+        for name, weight in self.state_dict().items():
+            if ".lora_" not in name:
+                state[name.replace(".base_layer.", ".")] = weight
         for name, module in self.named_modules():
             if isinstance(module, LoraLayer):
-                weight = state[f"{name}.weight"]  # of bfloat16 the sum is rounded once
-                state[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default")).to(weight.dtype).cpu()  # a GPU has no room for a second model
+                weight = state[f"{name}.weight"]
+                # The sum is taken in float32, so a bfloat16 weight is rounded once.
+                merged = weight.float() + module.get_delta_weight("default")
+                # The merged weights go to the CPU: a GPU has no room for a second model.
+                state[f"{name}.weight"] = merged.to(weight.dtype).cpu()
         super().save_pretrained(folder, state_dict=state, **kwargs)
 
     def num_prefix(self) -> int:
-        """Positions that `forward` inserts after `<s>`: patches and, in the tiny model, proprioception."""
-        patches = self.vision_backbone.pos_embed if self.config.vision_widths else self.vision_backbone.featurizer.pos_embed
-        return patches.shape[1] + bool(self.config.proprio_dim)
+        """Positions that `forward` inserts after `<s>`: patches, and proprioception (tiny)."""
+        # The position embeddings of the published towers leave out class and register tokens.
+        if self.config.vision_widths:
+            num_patches = self.vision_backbone.pos_embed.shape[1]
+        else:
+            num_patches = self.vision_backbone.featurizer.pos_embed.shape[1]
+        return num_patches + 1 if self.config.proprio_dim else num_patches
 
     def text_room(self) -> int:
-        """How many tokens an instruction may have: the context without `<s>`, the inserted positions and the seven action tokens."""
+        """How many tokens an instruction may have.
+
+        It is the context without `<s>`, the inserted positions and the seven action tokens.
+        """
         return self.config.text_config.max_position_embeddings - 1 - self.num_prefix() - 7
+
+
+def weights_unlike_files(model: nn.Module, folder: Path) -> set[str]:
+    """Names of the model's weights that differ from those in the folder's files."""
+    unlike = set()
+    weights = model.state_dict()
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in weights.keys() & set(tensors.keys()):
+                weight = weights[name].cpu()
+                written = tensors.get_tensor(name)
+                # The model may have been loaded in another precision than that of its files.
+                if not torch.equal(weight, written.to(weight.dtype)):
+                    unlike.add(name)
+    return unlike
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+class LowRank(nn.Linear):
+    """A LoRA matrix: float32 weights, multiplied in the precision of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -375,41 +645,57 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-class LowRank(nn.Linear):
-    """A LoRA matrix: float32 weights, multiplied in the precision of what comes in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
 def add_lora(model: OpenVLAForActionPrediction, rank: int) -> None:
-    """Freezes the model and adds trainable low-rank matrices (Hu et al. 2021; scale 1, B = 0 at the start) to every linear layer but the vocabulary's head.
-    They are float32 whatever the model is: a step of 1e-4 is lost in bfloat16. What they compute is not: float32 products cost half a pass more."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.endswith("lm_head")]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), model)
+    """Freezes the model and adds trainable low-rank matrices to its linear layers.
+
+    The head of the vocabulary gets none. The scale is 1 and B = 0 at the start (Hu et al. 2021).
+    The matrices are float32 in every model, because bfloat16 would lose a step of 1e-4. Their
+    products are in the model's precision, because float32 products cost half a pass more.
+    """
+    targets = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
+            targets.append(name)
+    # The scale is lora_alpha / r.
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    inject_adapter_in_model(config, model)
     for layer in lora_layers(model):
+        # PEFT would cast the input to the float32 of the matrices.
         layer.cast_input_dtype_enabled = False
         for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
             matrix.__class__ = LowRank
-    for p in model.parameters():
-        p.data = p.data.float() if p.requires_grad else p.data
+    # PEFT makes the matrices in the precision of their layer.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
-def prepare_training(model: OpenVLAForActionPrediction, lora_rank: int, gradient_checkpointing: bool) -> list[nn.Parameter]:
-    """The parameters to train: all of them, or LoRA's where its rank is not 0. With gradient checkpointing a layer's activations are computed anew in
-    the backward pass of a model in training mode, which differs from evaluation mode in nothing else."""
+def prepare_training(
+    model: OpenVLAForActionPrediction,
+    lora_rank: int,
+    gradient_checkpointing: bool,
+) -> list[nn.Parameter]:
+    """The parameters to train: all of them, or those of LoRA if its rank is not 0.
+
+    With gradient checkpointing a model in training mode recomputes the activations of its layers
+    in the backward pass. Training and evaluation mode differ in nothing else.
+    """
     if lora_rank:
         add_lora(model, lora_rank)
     elif model.dtype.itemsize < 4:
-        model.float()  # a step of 5e-5 is lost in bfloat16
+        # bfloat16 would lose a step of 5e-5.
+        model.float()
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
-    return [p for p in model.parameters() if p.requires_grad]
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @contextlib.contextmanager
 def lora_off(model: OpenVLAForActionPrediction):
-    """Inside, the model is the one that `add_lora` was called on. Without LoRA nothing changes."""
+    """Inside this context the model is the one before `add_lora`.
+
+    A model without LoRA does not change.
+    """
     layers = lora_layers(model)
     for layer in layers:
         layer.enable_adapters(False)
@@ -420,27 +706,42 @@ def lora_off(model: OpenVLAForActionPrediction):
             layer.enable_adapters(True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The processor
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the processor -------------------------------------------------------------------------------
+# Both classes have the names of the published ones.
+# The Auto classes therefore choose them for a published folder, not its remote code.
 class PrismaticImageProcessor(BaseImageProcessor):
-    """Reads openvla-7b's `preprocessor_config.json`: one resize, then one normalisation per tower, stacked on the channel axis. This class and the
-    next have the names of the published ones, so that the Auto classes take them for a published folder instead of its remote code."""
+    """Reads openvla-7b's `preprocessor_config.json`.
+
+    An image is resized once, then normalised for each tower. The results are stacked as channels.
+    """
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, input_sizes=((3, 128, 128),), means=((0.5, 0.5, 0.5),), stds=((0.5, 0.5, 0.5),), **kwargs):
+    def __init__(
+        self,
+        input_sizes=((3, 128, 128),),
+        means=((0.5, 0.5, 0.5),),
+        stds=((0.5, 0.5, 0.5),),
+        **kwargs,
+    ):
         super().__init__(**kwargs)
-        self.input_sizes, self.means, self.stds = input_sizes, means, stds
+        self.input_sizes = input_sizes
+        self.means = means
+        self.stds = stds
 
     def preprocess(self, images: Tensor, **kwargs) -> BatchFeature:
         """images: (B, H, W, 3) uint8 -> pixel_values (B, 3 * towers, h, w) float."""
         x = torch.as_tensor(images).movedim(-1, 1).float()
         size = tuple(self.input_sizes[0][1:])
         if x.shape[-2:] != size:
-            x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255).round()
-        mean, std = (torch.tensor(values, device=x.device).view(-1, 3, 1, 1) for values in (self.means, self.stds))
-        return BatchFeature({"pixel_values": ((x[:, None] / 255 - mean) / std).flatten(1, 2)})
+            x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
+            # OpenVLA resizes with Pillow, which returns whole numbers from 0 to 255.
+            x = x.clamp(0, 255).round()
+        mean = torch.tensor(self.means, device=x.device).view(-1, 3, 1, 1)
+        std = torch.tensor(self.stds, device=x.device).view(-1, 3, 1, 1)
+        # Each tower has its own mean and deviation.
+        pixels = (x[:, None] / 255 - mean) / std  # (B, towers, 3, h, w)
+        return BatchFeature({"pixel_values": pixels.flatten(1, 2)})
 
 
 class PrismaticProcessor(ProcessorMixin):
@@ -448,8 +749,16 @@ class PrismaticProcessor(ProcessorMixin):
 
     attributes = ["image_processor", "tokenizer"]
 
-    def __init__(self, image_processor=None, tokenizer=None, prompt="In: What action should the robot take to {instruction}?\nOut: ", **kwargs):
-        self.prompt, self.text_cache = prompt, {}
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        prompt=PUBLISHED_PROMPT,
+        **kwargs,
+    ):
+        self.prompt = prompt
+        # The same few instructions come in every batch, so their ids are kept.
+        self.text_cache = {}
         super().__init__(image_processor, tokenizer)
 
     @property
@@ -458,150 +767,113 @@ class PrismaticProcessor(ProcessorMixin):
         return self.image_processor.input_sizes[0][-1]
 
     def prompt_ids(self, instruction: str) -> list[int]:
-        """The prompt's ids without `<s>`. Llama's published prompt ends in token 29871, the space before the first action token."""
+        """The ids of the prompt without `<s>`."""
         if instruction not in self.text_cache:
-            ids = self.tokenizer(self.prompt.format(instruction=instruction.lower()), add_special_tokens=False)["input_ids"]
+            prompt = self.prompt.format(instruction=instruction.lower())
+            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             space = self.tokenizer.convert_tokens_to_ids("▁")
-            if space == 29871 and ids[-1] != space:
+            # The published prompt has this space before the first action token.
+            if space == LLAMA_SPACE_ID and ids[-1] != space:
                 ids = [*ids, space]
             self.text_cache[instruction] = ids
         return self.text_cache[instruction]
 
-    def __call__(self, images: Tensor, text: list[str], proprio: Tensor | None = None, proprio_stats: dict | None = None, device=None) -> BatchFeature:
-        """images (B, H, W, 3) uint8, B instructions, proprio (B, P) raw with its `mean` and `std` -> input_ids, attention_mask (B, L) with
-        the padding between `<s>` and the text, pixel_values, and proprio normalised and clipped to [-5, 5]."""
-        rows = [self.prompt_ids(t) for t in text]
+    def __call__(
+        self,
+        images: Tensor,
+        text: list[str],
+        proprio: Tensor | None = None,
+        proprio_stats: dict | None = None,
+        device=None,
+    ) -> BatchFeature:
+        """B observations -> the arguments of the model's `forward`, on `device`.
+
+        images: (B, H, W, 3) uint8. text: B instructions. proprio: (B, proprio_dim) raw.
+        proprio_stats: its lists `mean` and `std`. Without them there is no proprioception.
+        Returns input_ids and attention_mask (B, L), with the padding between `<s>` and the text,
+        pixel_values, and proprio, normalised and clipped to [-5, 5].
+        """
+        rows = [self.prompt_ids(instruction) for instruction in text]
         longest = max(map(len, rows))
-        ids = [[self.tokenizer.bos_token_id] + [self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
-        mask = [[1] + [0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        inputs = BatchFeature({"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)})
+        bos = self.tokenizer.bos_token_id
+        pad = self.tokenizer.pad_token_id
+        ids = []
+        mask = []
+        for row in rows:
+            # Padding comes first, so every text ends right before the action tokens.
+            missing = longest - len(row)
+            ids.append([bos] + [pad] * missing + row)
+            mask.append([1] + [0] * missing + [1] * len(row))
+        inputs = BatchFeature()
+        inputs["input_ids"] = torch.tensor(ids, device=device)
+        inputs["attention_mask"] = torch.tensor(mask, device=device)
         inputs.update(self.image_processor.preprocess(images.to(device)))
         if proprio_stats is not None:
-            mean, std = (torch.tensor(proprio_stats[name], device=device) for name in ("mean", "std"))
+            # The clip bounds what the model sees of a joint far outside the demonstrations.
+            mean = torch.tensor(proprio_stats["mean"], device=device)
+            std = torch.tensor(proprio_stats["std"], device=device)
             inputs["proprio"] = ((proprio.to(device) - mean) / std).clamp(-5, 5)
         return inputs
 
 
-def tiny_processor(texts: list[str], vocab_size: int = 512, image_size: int = 128) -> PrismaticProcessor:
-    """Processor of the tiny model: byte-level BPE trained on `texts` (the instructions), so that each of their words is about one token
-    and any other text is still readable. Ids from `vocab_size` on are the action bins."""
+class Codec:
+    """Between an env and the model: observations to the model's inputs, action bins to actions."""
+
+    def __init__(self, processor, instruction: str, stats: dict, n_bins: int, device: torch.device):
+        """stats: the task's entry of `norm_stats`. instruction: the same for all observations."""
+        self.processor = processor
+        self.instruction = instruction
+        self.stats = stats
+        self.n_bins = n_bins
+        self.device = device
+
+    def inputs(self, obs: dict) -> BatchFeature:
+        """The model's inputs from `rgb` (B, H, W, 3) uint8 and `proprio` (B, P)."""
+        texts = [self.instruction] * len(obs["rgb"])
+        proprio_stats = self.stats.get("proprio")
+        return self.processor(obs["rgb"], texts, obs["proprio"], proprio_stats, self.device)
+
+    def actions(self, bins: Tensor) -> Tensor:
+        """Actions (B, A) in the env's own units from bins (B, A)."""
+        return detokenize_actions(bins, self.stats["action"], self.n_bins)
+
+
+def tiny_processor(
+    texts: list[str],
+    vocab_size: int = 512,
+    image_size: int = 128,
+) -> PrismaticProcessor:
+    """Processor of the tiny model, with a byte-level BPE that is trained on `texts`.
+
+    texts: the instructions. Each of their words is about one token, and any other text can be
+    read too. Ids from `vocab_size` on are the action bins. image_size: pixels.
+    """
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    prompt = "{instruction}: "
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<s>", "<pad>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "<pad>", "</s>"],
+        # Bytes that no instruction contains are tokens too.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator([prompt.format(instruction=text) for text in texts], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", model_max_length=128)
-    return PrismaticProcessor(PrismaticImageProcessor(input_sizes=[[3, image_size, image_size]]), fast, prompt)
+    prompts = [TINY_PROMPT.format(instruction=text) for text in texts]
+    tokenizer.train_from_iterator(prompts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        model_max_length=128,
+    )
+    images = PrismaticImageProcessor(input_sizes=[[3, image_size, image_size]])
+    return PrismaticProcessor(images, fast, TINY_PROMPT)
 
 
-def model_folder(name: str) -> Path:
-    """The folder that holds a model: a folder, the checkpoint/ in a run's folder, or, where no folder `owner` is here, the hub's model `owner/name`,
-    downloaded once. What the hub does not have, or is out of reach, stays a folder that does not exist."""
-    folder = Path(name)
-    if not folder.parent.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name):
-        with contextlib.suppress(Exception):  # of the hub, or of any layer of the network below it
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
-    return folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
-
-
-def check_folder(folder: Path, origin: str = "") -> None:
-    """Raises ValueError where a folder holds no model, one of another kind, one whose files have changed since they were written, or another one than
-    that whose fingerprint is `origin`."""
-    if not (folder / "config.json").is_file():
-        raise ValueError("no checkpoint at that place: give the folder that a script here wrote, an OpenVLA's, or its hub id (merge a LoRA adapter first)")
-    if damaged := damage(folder):
-        raise ValueError(f"damaged: {damaged}; a run keeps the checkpoint before this one beside it, as checkpoint.old")
-    if origin and origin != fingerprint(folder):
-        raise ValueError("another policy is there now than the one that this run began from: put that back, or choose another --output-dir")
-    config = dict(json.loads((folder / "config.json").read_text()))
-    if config.get("model_type") != "openvla":
-        raise ValueError(f"a {config.get('model_type')!r} model; these scripts train model_type 'openvla' (see vla.py)")
-    for name, stats in (config.get("norm_stats") or {}).items():
-        rows = [stats["action"]["q01"], stats["action"]["q99"], stats["action"].get("mask", stats["action"]["q01"])]
-        width = config.get("proprio_dim")
-        if width and "proprio" in stats:
-            rows += [stats["proprio"]["mean"], stats["proprio"]["std"]]
-        if len({len(row) for row in rows[:3]}) > 1 or any(len(row) != width for row in rows[3:]) or not torch.tensor(sum(rows, [])).isfinite().all():
-            raise ValueError(f"norm_stats of {name} in config.json: lists of different lengths, or numbers that are none")
-
-
-def load_separator(folder: Path, env_id: str, device: torch.device) -> tuple[Path, nn.Linear] | None:
-    """The learned separator of a policy: the folder of the SFT checkpoint that it came from, and the linear map from that model's hidden state (B, D)
-    to the stages' logits (B, most stages of its tasks). Follows the chain of checkpoints back to sft.py's. None where there is none for this task."""
-    try:
-        for _ in range(9):  # policies before this one; no chain is longer
-            if not (folder / "separator.safetensors").exists():
-                folder = model_folder(json.loads((folder / "args.json").read_text())["checkpoint"])
-        weights = load_file(folder / "separator.safetensors", device=str(device))
-        separator = nn.Linear(*reversed(weights["weight"].shape)).to(device).requires_grad_(False)
-        separator.load_state_dict(weights)
-        return (folder, separator) if env_id in json.loads((folder / "args.json").read_text())["env_id"].split(",") else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError):
-        return None
-
-
-def checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of each file in a folder."""
-    sums = {}
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != "checksums.json":
-            with open(file, "rb") as content:
-                sums[file.name] = functools.reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: content.read(2**24), b""), 0)
-    return sums
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells a checkpoint from others that were at the same place; "" where it has no checksums, as published models."""
-    file = folder / "checksums.json"
-    return f"{zlib.crc32(file.read_bytes()):08x}" if file.exists() else ""
-
-
-def damage(folder: Path) -> str:
-    """Names the files of a checkpoint that are not as they were written, by its checksums.json; "" where all are, or there is none."""
-    try:
-        written = dict(json.loads((folder / "checksums.json").read_text()))
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError, TypeError):
-        return "checksums.json"
-    now = checksums(folder)
-    return ", ".join(name for name in written if now.get(name) != written[name])
-
-
-def recover(run: Path) -> None:
-    """Puts a run's checkpoint.old back in the place of its checkpoint where that is missing or damaged."""
-    if (run / "checkpoint.old").exists() and (not (run / "checkpoint").exists() or damage(run / "checkpoint")):
-        print(f"{run / 'checkpoint'} is missing or damaged: going on from the one before")
-        shutil.rmtree(run / "checkpoint", ignore_errors=True)
-        (run / "checkpoint.old").rename(run / "checkpoint")
-
-
-def write_state(folder: Path, state: dict, moments: dict[int, dict[str, Tensor]], adapted: nn.Module | None) -> None:
-    """What a run needs beside its model to go on, as training_state.safetensors: `state` as JSON, an optimiser's moments by the parameter's number, and
-    the LoRA matrices of `adapted`. Then checksums.json of the whole folder. Nothing in it has to be unpickled."""
-    tensors = {f"moments/{i}/{name}": x.contiguous() for i, row in moments.items() for name, x in row.items()}
-    tensors |= {f"adapter//{name}": p.detach().contiguous() for name, p in (adapted.named_parameters() if adapted else ()) if p.requires_grad}
-    save_file(tensors, folder / "training_state.safetensors", {"state": json.dumps(state)})
-    (folder / "checksums.json").write_text(json.dumps(checksums(folder)))
-
-
-def read_state(folder: Path) -> dict:
-    """What write_state has written: the entries of `state`, `moments` and `adapter`; {"damaged": why} where that cannot be read."""
-    try:
-        if damaged := damage(folder):
-            return {"damaged": f"damaged ({damaged})"}
-        with safe_open(folder / "training_state.safetensors", "pt") as file:
-            state = {**json.loads(file.metadata()["state"]), "moments": {}, "adapter": {}}
-            for key in file.keys():  # noqa: SIM118
-                kind, i, name = key.split("/")
-                (state["moments"].setdefault(int(i), {}) if kind == "moments" else state["adapter"])[name] = file.get_tensor(key)
-        return state
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        return {"damaged": f"without a training state ({error})"}
-
-
+# ---- registration --------------------------------------------------------------------------------
+# The Auto classes find these by the model_type in a folder's config.json.
 AutoConfig.register("openvla", OpenVLAConfig)
 AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction)
 AutoImageProcessor.register(OpenVLAConfig, slow_image_processor_class=PrismaticImageProcessor)

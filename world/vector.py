@@ -1,0 +1,356 @@
+"""Vectorised environments: many StageEnvs, and the scripted expert that solves them.
+
+On a GPU ManiSkill simulates all envs in one batch, which is one `StageEnv`. On a CPU each env is a
+process of its own. `make_envs` gives either, and both have the same methods.
+Letters: N envs, A numbers of an action.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import unittest.mock
+from collections.abc import Callable
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from stare_utils import State, Tensor
+from world.assets import check_world
+from world.envs import StageEnv
+from world.tasks import UserError, get_task
+
+# gymnasium leaves an info named "final_obs" unbatched.
+# So it has this name on its way from an env process to the script.
+ENDED_OBS = "ended_obs"
+
+
+# ---- one env in a process ----
+class ProcessEnv(gym.Env):
+    """A single StageEnv as gymnasium's AsyncVectorEnv wants it: numpy, without the batch axis."""
+
+    def __init__(self, env_id: str, index: int, seed: int, **kwargs):
+        """index: which of the N envs this is. kwargs: of StageEnv."""
+        # gymnasium also makes an env in the script itself, which must stay as it is.
+        if multiprocessing.parent_process():
+            # The env processes are the parallelism.
+            torch.set_num_threads(1)
+            # Ctrl-C and torchrun's SIGTERM go to the script's whole process group.
+            # The script alone decides what they end, so this process leaves the group.
+            os.setpgrp()
+            # Where the script is gone, this process ends without a message.
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            # ManiSkill calls it. It would open a CUDA context, and nothing here runs on CUDA.
+            torch.cuda.synchronize = do_nothing
+        self.index = index
+        self.env = StageEnv(env_id, 1, "cpu", seed, **kwargs)
+        obs, _ = self.env.reset()
+        # This reset shows the shapes alone: the first episode has the env's own seed again.
+        self.env.next_seed = [seed]
+        spaces = {"proprio": box(obs["proprio"], -np.inf, np.inf)}
+        if "rgb" in obs:
+            spaces["rgb"] = box(obs["rgb"], 0, 255)
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = self.env.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        """Begins an episode, see StageEnv. options: gymnasium's, unused."""
+        obs, infos = self.env.reset(seed)
+        return first_row(obs), first_row(infos)
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        """One step, see StageEnv. action: (A,)."""
+        action = torch.as_tensor(action)[None]
+        obs, reward, terminated, truncated, infos = self.env.step(action)
+        # Whether an episode has ended follows from the two booleans.
+        del infos["_final_info"]
+        return first_row(obs), float(reward), bool(terminated), bool(truncated), first_row(infos)
+
+    def expert_action(self, slip: Tensor) -> np.ndarray:
+        """The expert's action (A,). slip: (N,) of all envs."""
+        return self.env.expert_action(slip[self.index, None])[0].numpy()
+
+    def set_next_seed(self, seeds: list[int]) -> None:
+        """The seed of the next episode. seeds: (N) of all envs."""
+        self.env.set_next_seeds([seeds[self.index]])
+
+    def close(self) -> None:
+        """Ends the simulator."""
+        self.env.close()
+
+
+def do_nothing() -> None:
+    """Stands for torch.cuda.synchronize in a process without CUDA."""
+
+
+def box(batch: Tensor, low: float, high: float) -> gym.spaces.Box:
+    """The space of one row of a batch."""
+    return gym.spaces.Box(low, high, batch.shape[1:], batch.numpy().dtype.type)
+
+
+def first_row(batch: dict) -> dict:
+    """A batch of one as numpy arrays without the batch axis, in dicts of dicts, too."""
+    row = {}
+    for name, x in batch.items():
+        if name == "final_obs":
+            name = ENDED_OBS
+        row[name] = first_row(x) if isinstance(x, dict) else x[0].numpy()
+    return row
+
+
+def tensors(batch: dict) -> dict:
+    """gymnasium's batch of `first_row`s as tensors. Its masks, whose names begin with _, go."""
+    found = {}
+    for name, x in batch.items():
+        if name == ENDED_OBS:
+            name = "final_obs"
+        if not name.startswith("_"):
+            found[name] = tensors(x) if isinstance(x, dict) else torch.from_numpy(x)
+    return found
+
+
+class Processes(gym.vector.AsyncVectorEnv):
+    """The env processes of one half of a StageVectorEnv."""
+
+    def close(self, **kwargs) -> None:
+        """Ends the processes at once.
+
+        gymnasium's own `close` waits for what they compute. Where a process is gone, it fails or
+        waits for ever.
+        """
+        self.closed = True
+        for process in self.processes:
+            process.kill()
+
+
+def make_process_env(
+    env_id: str, index: int, seed: int, kwargs: dict, known: gym.Env | None
+) -> gym.Env:
+    """What gymnasium calls in each env process, and once per half in the script itself.
+
+    In the script gymnasium looks at the spaces alone. There `known`, an env without a simulator,
+    stands for a real one, where its spaces are known already.
+    """
+    # The script has no parent process. An env process always makes a real env.
+    if known is not None and multiprocessing.parent_process() is None:
+        return known
+    return ProcessEnv(env_id, index, seed, **kwargs)
+
+
+# ---- many envs in processes ----
+class StageVectorEnv:
+    """N StageEnvs on a CPU, each in a process, with the methods of one StageEnv of N.
+
+    The processes form two halves that can take turns with a policy: one half simulates while the
+    policy acts for the other half. A roll-out of T steps does that by
+
+        for t in range(T + 1):
+            for half in envs.halves:
+                if t > 0:
+                    obs, reward, terminated, truncated, infos = envs.receive(half)
+                if t < T:
+                    envs.send(half, actions)
+
+    Every method raises UserError where an env process has died, and ends all of them.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs):
+        """seed: env i's first episode has the seed + i. kwargs: of StageEnv."""
+        self.task = get_task(env_id)
+        self.num_stages = len(self.task.stages)
+        self.num_envs = num_envs
+        self.halves = [slice(0, num_envs // 2), slice(num_envs // 2, num_envs)]
+        if num_envs == 1:
+            self.halves = [slice(0, 1)]
+
+        # Env processes are forked from a clean server process, which imports these once.
+        multiprocessing.set_forkserver_preload(["world.vector", "mani_skill.envs"])
+        self.parts = []
+        # gymnasium makes an env of each half in the script itself, to look at its spaces.
+        # That takes seconds, and once is enough: the second half gets an empty env, `known`.
+        known = None
+        for half in self.halves:
+            makers = []
+            for i in range(half.start, half.stop):
+                args = (env_id, i, seed + i, kwargs, known)
+                makers.append(functools.partial(make_process_env, *args))
+            self.parts.append(self.start(makers))
+            known = gym.Env()
+            known.observation_space = self.parts[0].single_observation_space
+            known.action_space = self.parts[0].single_action_space
+        self.single_action_space = self.parts[0].single_action_space
+
+    def start(self, makers: list[Callable[[], gym.Env]]) -> Processes:
+        """Starts the env processes of one half."""
+        # A new process imports the running script again, if that has a file or a module name.
+        # That would take longer than everything else that the process needs.
+        # So the script has neither while the processes start.
+        script = vars(sys.modules["__main__"])
+        without_origin = {"__file__": None, "__spec__": None}
+        # A StageEnv begins its next episode itself.
+        autoreset = gym.vector.AutoresetMode.DISABLED
+        with unittest.mock.patch.dict(script, without_origin):
+            return self.ask(Processes, makers, context="forkserver", autoreset_mode=autoreset)
+
+    def reset(self, seed: int | list[int] | None = None) -> tuple[State, State]:
+        """Begins episodes in all envs. Returns observations and infos.
+
+        seed: s gives env i the seed s + i, a list is taken as it is. None: each env's next seed.
+        """
+        if isinstance(seed, int):
+            seed = [seed + i for i in range(self.num_envs)]
+        # All processes begin before the first one is waited for.
+        for part, half in zip(self.parts, self.halves):
+            self.ask(part.reset_async, None if seed is None else seed[half])
+        results = []
+        for part in self.parts:
+            obs, infos = self.ask(part.reset_wait)
+            results.append((tensors(obs), tensors(infos)))
+        return self.join(results)
+
+    def step(self, actions: Tensor) -> tuple[State, Tensor, Tensor, Tensor, dict]:
+        """One step of all envs. actions: (N, A) in the env's own units.
+
+        Returns observation, reward (N,), terminated (N,), truncated (N,), infos.
+        """
+        for half in self.halves:
+            self.send(half, actions[half])
+        return self.join([self.receive(half) for half in self.halves])
+
+    def send(self, half: slice, actions: Tensor) -> None:
+        """Begins a step of the envs in `half`, which compute until `receive` asks for its result.
+
+        half: one of `halves`. actions: (n, A) of its n envs.
+        """
+        part = self.parts[self.halves.index(half)]
+        self.ask(part.step_async, actions.cpu().numpy())
+
+    def receive(self, half: slice) -> tuple[State, Tensor, Tensor, Tensor, dict]:
+        """Waits for the step that `send` began. Returns what `step` does, of the envs in `half`."""
+        part = self.parts[self.halves.index(half)]
+        obs, reward, terminated, truncated, infos = self.ask(part.step_wait)
+        # gymnasium makes float64 of rewards.
+        reward = torch.from_numpy(reward).float()
+        terminated = torch.from_numpy(terminated)
+        truncated = torch.from_numpy(truncated)
+        infos = tensors(infos)
+        infos["_final_info"] = terminated | truncated
+        return tensors(obs), reward, terminated, truncated, infos
+
+    def set_next_seeds(self, seeds: list[int]) -> None:
+        """The seeds (N) of the episodes that begin when the present ones end."""
+        self.call("set_next_seed", seeds)
+
+    def expert_action(self, slip: Tensor) -> Tensor:
+        """The expert's actions (N, A), see StageEnv. slip: (N,) long."""
+        return torch.from_numpy(np.stack(self.call("expert_action", slip)))
+
+    def close(self) -> None:
+        """Ends all processes at once."""
+        for part in self.parts:
+            part.close()
+
+    def call(self, name: str, argument) -> list:
+        """Calls a method of every ProcessEnv with one argument. Returns their N results."""
+        for part in self.parts:
+            self.ask(part.call_async, name, argument)
+        results = []
+        for part in self.parts:
+            results += self.ask(part.call_wait)
+        return results
+
+    def ask(self, method: Callable, *inputs, **kwargs):
+        """Calls a method of a half. All processes end where it raises.
+
+        Raises UserError where a process is gone.
+        """
+        try:
+            return method(*inputs, **kwargs)
+        except Exception as error:
+            # The other processes may be at work. Nobody will ask for what they compute.
+            self.close()
+            # A pipe without a process at its other end is all that is left of one.
+            if not isinstance(error, (EOFError, ConnectionError)):
+                raise
+            raise UserError(
+                "an env process died (memory full, or killed): lower --num-envs (and raise "
+                "sta_ppo.py's --num-steps by as much); a training run goes on with --resume and "
+                "its --output-dir"
+            ) from None
+
+    def join(self, parts: list):
+        """The halves' tuples, dicts and tensors as those of all envs.
+
+        None stands for what a half lacks, as `final_obs` where none of its episodes has ended. It
+        becomes zeros.
+        """
+        # At least one half has it, and says what it is.
+        like = next(part for part in parts if part is not None)
+        if isinstance(like, tuple):
+            return tuple(self.join(list(column)) for column in zip(*parts))
+        if isinstance(like, dict):
+            dicts = [part or {} for part in parts]
+            names = dict.fromkeys(name for part in dicts for name in part)
+            return {name: self.join([part.get(name) for part in dicts]) for name in names}
+        rows = []
+        for part, half in zip(parts, self.halves):
+            if part is None:
+                part = like.new_zeros(half.stop - half.start, *like.shape[1:])
+            rows.append(part)
+        return torch.cat(rows)
+
+
+# ---- what scripts use ----
+def make_envs(
+    env_id: str,
+    num_envs: int,
+    seed: int,
+    terminate_on_success: bool = True,
+    *,
+    backend: str = "cpu",
+    full_meshes: bool = False,
+    **kwargs,
+) -> StageEnv | StageVectorEnv:
+    """N vectorised envs of a task. Their methods: see StageEnv.
+
+    backend: "cpu" (one process per env) or "cuda" (ManiSkill's GPU simulation). kwargs: of
+    StageEnv. On the CPU an explicitly seeded episode is a function of its seed. GPU simulation
+    draws a whole batch from its first seed.
+    Raises UserError on an unknown env id, num_envs < 1, missing assets, no renderer, or a dense
+    reward where ManiSkill has none.
+    """
+    if num_envs < 1:
+        raise UserError(f"--num-envs must be at least 1, not {num_envs}")
+    # Where success ends no episode, either backend can play every task.
+    checked_backend = backend if terminate_on_success else "cpu"
+    render = kwargs.get("render", True)
+    reward = kwargs.get("reward", "sparse")
+    check_world(env_id, full_meshes, render, checked_backend, reward)
+
+    kwargs["terminate_on_success"] = terminate_on_success
+    kwargs["full_meshes"] = full_meshes
+    # ManiSkill takes no larger seeds.
+    seed %= 2**32 - num_envs
+    if backend == "cuda":
+        return StageEnv(env_id, num_envs, backend, seed, **kwargs)
+    return StageVectorEnv(env_id, num_envs, seed, **kwargs)
+
+
+class ScriptedExpert:
+    """Solves a task stage by stage from the simulator's state. envs: what make_envs returns."""
+
+    def __init__(self, envs: StageEnv | StageVectorEnv):
+        self.envs = envs
+
+    def act(self, slip: Tensor | None = None) -> Tensor:
+        """Actions (N, A) for the present states, as `envs.step` takes them.
+
+        They are a function of the state alone, so the expert needs no reset.
+        slip: (N,) long. The expert plays the stage that many after the present one, modulo K: 0 is
+        right, and everything else is a mistake to recover from. None: the right stage everywhere.
+        """
+        if slip is None:
+            slip = torch.zeros(self.envs.num_envs, dtype=torch.long)
+        return self.envs.expert_action(slip)
