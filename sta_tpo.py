@@ -122,15 +122,15 @@ class Args:
     beta"""
     beta: float = 5.0
     """inverse temperature of the preference; a larger one keeps the policy nearer the reference"""
-    cost_coef: float = 0.1
-    """lambda: weight of the stage cost in q^; costs are in units of L_k"""
-    cost_sign: Literal[-1, 1] = -1
-    """-1 is the paper's q - lambda * l; 1 makes the cost a margin that the policy must exceed"""
+    cost: Literal["sum", "mean"] = "sum"
+    """l_k is the sum of a segment's distances, in which each step costs, or the paper's mean, which
+    rewards lingering near the object (docs/results.md)"""
+    cost_coef: float | None = None
+    """lambda: weight of the stage cost in q^; costs are in units of L_k; empty: 0.01 with --cost
+    sum, 0.1 with --cost mean, because a segment has some ten steps"""
     cost_margin: float = 0.1
     """where both roll-outs completed a stage, the cheaper one wins only by this margin, in units of
     L_k; 1e9: only completion makes pairs"""
-    cost_sum: bool = False
-    """l_k is the sum of a segment's distances instead of the mean; take --cost-coef 0.01 with it"""
     max_pairs_per_stage: int = 6
     """at most this many pairs per initial state and stage, completions first, so that easy stages
     do not drown the others"""
@@ -397,14 +397,14 @@ def segments_of(rollout: dict, num_stages: int, stage_aware: bool) -> list[torch
     return [torch.arange(len(stage))]
 
 
-def segment_costs(rollout: dict, num_stages: int, stage_aware: bool, cost_sum: bool) -> list[float]:
+def segment_costs(rollout: dict, num_stages: int, stage_aware: bool, cost: str) -> list[float]:
     """STARE: l_k of each segment, NaN for a stage that was skipped or never entered."""
     stage = torch.as_tensor(rollout["stage"])
     distance = torch.as_tensor(rollout["distance"]).double()
     segment = segment_stages(stage, num_stages) if stage_aware else torch.zeros_like(stage)
     # in double, because two roll-outs may differ by little
     costs = stage_costs(distance, segment, num_stages)
-    if cost_sum:
+    if cost == "sum":
         # mean times steps is the sum, in which each step costs
         costs = costs * torch.bincount(segment, minlength=num_stages)
     return costs.tolist()
@@ -425,7 +425,7 @@ def build_stage_pairs(
     cost_margin: float = 0.1,
     max_pairs_per_stage: int = 10**9,
     stage_aware: bool = True,
-    cost_sum: bool = False,
+    cost: str = "sum",
 ) -> list[dict]:
     """Preference pairs between roll-outs of the same initial state.
 
@@ -439,7 +439,7 @@ def build_stage_pairs(
     K = num_stages
     if K is None:
         K = int(max(torch.as_tensor(rollout["stage"]).max() for rollout in rollouts)) + 1
-    costs = [segment_costs(rollout, K, stage_aware, cost_sum) for rollout in rollouts]
+    costs = [segment_costs(rollout, K, stage_aware, cost) for rollout in rollouts]
     completed = [num_completed(rollout, K, stage_aware) for rollout in rollouts]
     # Pairs never mix initial states.
     groups: dict[int, list[int]] = {}
@@ -539,8 +539,8 @@ def print_pairs(
         )
         if len(slower) >= 10 and np.mean(slower) > 0.5:
             print(
-                f"warning: in {name} most winners by cost are the slower roll-outs: who lingers "
-                "wins; --cost-sum --cost-coef 0.01 lets each step cost"
+                f"warning: in {name} most winners by cost are the slower roll-outs: a mean "
+                "distance rewards lingering; --cost sum lets each step cost"
             )
 
 
@@ -636,9 +636,10 @@ def check_args(args: Args) -> Task:
         "batch_size": 1,
         "chunk_size": 1,
         "save_freq": 1,
-        "cost_sign": -1,
     }
     check_numbers(asdict(args), least)
+    if args.cost_coef is None:
+        args.cost_coef = 0.01 if args.cost == "sum" else 0.1
     # A person judged the roll-outs of one run, so the verdicts go with its folder.
     if args.preferences:
         is_file = Path(args.preferences).is_file()
@@ -771,7 +772,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         # STARE: pairs per stage, between roll-outs that both completed the stage before.
         margin = args.cost_margin
         most = args.max_pairs_per_stage
-        pairs = build_stage_pairs(rollouts, K, margin, most, args.stage_aware, args.cost_sum)
+        pairs = build_stage_pairs(rollouts, K, margin, most, args.stage_aware, args.cost)
     if not pairs:
         raise UserError(
             "no pair: all roll-outs ended alike. Raise --num-initial-states or "
@@ -868,7 +869,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             cost_chosen,
             cost_rejected,
             args.beta,
-            -args.cost_sign * args.cost_coef,
+            args.cost_coef,
         )
         # A tie costs the mean of either order: -log sigmoid(-x) = x - log sigmoid(x).
         is_tie = torch.tensor([pair["reason"] == "tie" for pair in mb_pairs])

@@ -1,75 +1,153 @@
 #!/usr/bin/env bash
-# The paper's comparison with the tiny VLA: eight methods on each task, from one SFT checkpoint of the task, at equal env-step budgets.
-#   SEEDS="1 2 3" STEPS=9600 METHODS="STA-TPO IPI" benchmark/paper_table.sh [ENV_ID ...]     # then: python benchmark/paper_table.py runs/*__paper
-# Another budget has a name and a table of its own. It has an imitation of its own (SFT_FLAGS are sft.py's; shipped for long, quick and rough on StackCube-v1, turned on
-# SimplerEnv's), with the preference steps from it, or with IMITATION=NAME another budget's, IMITATION=paper that of the budget without a name:
-#   NAME=long STEPS=38400 DEMOS=1000 UPDATES=2500 PPO_FLAGS="--anneal-lr --gae-lambda 0.5" METHODS="STA-TPO IPI PPO" benchmark/paper_table.sh StackCube-v1
-#   NAME=lambda-1 IMITATION=paper PPO_FLAGS="--no-anneal-lr --gae-lambda 1" METHODS=PPO benchmark/paper_table.sh StackCube-v1
-# but preference steps from more than 16 initial states (STATES) are a budget's own:
-#   NAME=wide IMITATION=paper STATES=64 STEPS=36000 PPO_FLAGS="--learning-rate 1.5e-5" METHODS="STA-TPO-sum IPI-sum PPO" benchmark/paper_table.sh StackCube-v1
-# A machine with a GPU and many cores takes chains side by side, once the first line is done:
+# The comparison of README.md and docs/: methods on each task, from one imitation, at equal env
+# steps. Afterwards: python benchmark/paper_table.py runs/*__paper
+#
+#   METHODS="STA-TPO-sum PPO STA-PPO IPI-sum" benchmark/paper_table.sh [ENV_ID ...]
+#
+# runs the columns of README's table. Without METHODS it runs those of the paper's table, with the
+# paper's mean cost. About three hours a task on two CPU cores. Resumable: a run with a results.json
+# is left as it is, and a stopped run goes on.
+#
+# Settings are a budget. Every budget but the default has a NAME, which its runs end in.
+#   STEPS      env steps of PPO; TPO's roll-outs count in SFT-TPO-PPO and IPI
+#   STATES     initial states of the preference step, 8 roll-outs from each
+#   IMITATION  the budget whose imitation this one begins with: NAME by default, paper: the default
+#              budget's. The preference steps of that budget are shared if STATES is 16
+#   DEMOS, UPDATES, SFT_FLAGS    sft.py's settings, of a budget with an imitation of its own
+#   SEEDS, EPISODES, PPO_FLAGS   training seeds, evaluation episodes, sta_ppo.py's flags
+# The head of docs/tables.md has the settings of every budget there. Examples:
+#
+#   NAME=long DEMOS=1000 UPDATES=2500 METHODS= benchmark/paper_table.sh StackCube-v1
+#   NAME=broad IMITATION=long STATES=64 STEPS=36000 PPO_FLAGS="--learning-rate 1.5e-5" \
+#     METHODS="STA-TPO-sum PPO IPI-sum" benchmark/paper_table.sh StackCube-v1
+#
+# The first line, with no METHODS, makes only the imitation. checkpoints/ has the imitation of the
+# budget "paper" for the Panda's tasks and of "turned" for SimplerEnv's. Others are trained.
+#
+# A machine with a GPU and many cores runs several chains at once, after the first line:
 #   METHODS= benchmark/paper_table.sh StackCube-v1
-#   for SEED in 1 2 3; do for METHODS in "STA-TPO TPO SFT-TPO-PPO IPI" PPO PPO-dense STA-PPO; do export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
-# Resumable: what has a results.json is left as it is, what was stopped goes on. The roll-outs that TPO and STA-TPO sample (8 a state, the same ones) are
-# part of the budget of SFT-TPO-PPO and IPI: their PPO has what is left of STEPS. METHODS also knows STA-TPO-completed and
-# STA-TPO-sum, other costs in the pairs, TPO-sum, that without stages, STA-TPO-sum-q, with sums as q too, STA-TPO-sum5, with five passes over the pairs,
-# IPI-sum and IPI-sum5 from STA-TPO-sum and STA-TPO-sum5, and STA-PPO-no-reach (-no-grasp, ...), a stage that pays only when it ends.
+#   for SEED in 1 2 3; do for METHODS in "STA-TPO-sum IPI-sum" PPO STA-PPO; do
+#     export METHODS; SEEDS=$SEED benchmark/paper_table.sh StackCube-v1 & done; done; wait
+#
+# METHODS: STA-TPO and TPO (without stages) have the paper's mean cost, STA-TPO-sum and TPO-sum the
+# summed one. STA-TPO-completed: pairs by completion alone. STA-TPO-sum-q: q is a sum too.
+# STA-TPO-sum5: five passes over the pairs. IPI, IPI-sum, IPI-sum5: STA-PPO after that STA-TPO.
+# STA-PPO-no-reach (-no-grasp, ...): the stage pays only when it ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
-STEPS=${STEPS:-9600} NAME=${NAME:-paper} IMITATION=${IMITATION:-${NAME:-paper}} DEMOS=${DEMOS:-400} UPDATES=${UPDATES:-1500} STATES=${STATES:-16} PPO_FLAGS=${PPO_FLAGS:---no-anneal-lr}
-EPISODES=(--num-eval-episodes "${EPISODES:-200}" --num-envs 6) # SimplerEnv's grids are played once: 24 or 64
+NAME=${NAME:-paper}
+IMITATION=${IMITATION:-$NAME}
+STEPS=${STEPS:-9600}
+STATES=${STATES:-16}
+DEMOS=${DEMOS:-400}
+UPDATES=${UPDATES:-1500}
+PPO_FLAGS=${PPO_FLAGS:---no-anneal-lr}
+# SimplerEnv's grids are played once: 24 or 64 episodes.
+EPISODES=(--num-eval-episodes "${EPISODES:-200}" --num-envs 6)
 
-# NAME, of imitation and of preference steps from 16 states IMITATION
-budget() { case "$1 $STATES" in SFT\ * | TPO*\ 16 | STA-TPO*\ 16) echo "$IMITATION" ;; *) echo "$NAME" ;; esac; }
+# budget METHOD: the budget that a run belongs to, its own or that of its imitation
+budget() {
+  case "$1 $STATES" in
+    SFT\ * | TPO*\ 16 | STA-TPO*\ 16) echo "$IMITATION" ;;
+    *) echo "$NAME" ;;
+  esac
+}
+# of METHOD: its run's folder
 of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__$(budget "$1")"; }
-method() { case $(budget "$1") in paper) echo "$1" ;; *) echo "$1@$(budget "$1")" ;; esac; }
-run() { echo "$(date -u +%H:%M:%S) $*"; "$PYTHON" "$@"; }
+# method METHOD: its name in the row
+method() {
+  case $(budget "$1") in
+    paper) echo "$1" ;;
+    *) echo "$1@$(budget "$1")" ;;
+  esac
+}
+run() {
+  echo "$(date -u +%H:%M:%S) $*"
+  "$PYTHON" "$@"
+}
 # train METHOD SCRIPT CHECKPOINT ARGS...: a run and its evaluation
 train() {
   RUN=$(of "$1")
   [ -f "$RUN/results.json" ] && return
-  run "$2" --env-id "$ENV_ID" --seed "$SEED" --checkpoint "$3" --output-dir "$RUN" --resume --num-eval-episodes 0 "${@:4}"
+  run "$2" --env-id "$ENV_ID" --seed "$SEED" --checkpoint "$3" --output-dir "$RUN" --resume \
+    --num-eval-episodes 0 "${@:4}"
   run eval.py --checkpoint "$RUN" --method "$(method "$1")" "${EPISODES[@]}"
 }
-# tpo METHOD ARGS...: the first one samples the roll-outs, the others train on the same
+# tpo METHOD ARGS...: the first one samples the roll-outs, the others train on the same roll-outs
 tpo() {
   mkdir -p "$(of "$1")"
   for OTHER in STA-TPO STA-TPO-sum; do
-    [ -d "$(of "$1")/rollouts" ] || [ ! -d "$(of $OTHER)/rollouts" ] || cp -r "$(of $OTHER)/rollouts" "$(of $OTHER)/source.txt" "$(of "$1")/"
+    if [ ! -d "$(of "$1")/rollouts" ] && [ -d "$(of $OTHER)/rollouts" ]; then
+      cp -r "$(of $OTHER)/rollouts" "$(of $OTHER)/source.txt" "$(of "$1")/"
+    fi
   done
   train "$1" sta_tpo.py "$SFT" --num-initial-states "$STATES" "${@:2}"
 }
+# ppo METHOD CHECKPOINT STEPS ARGS...
 ppo() { train "$1" sta_ppo.py "$2" --total-timesteps "$3" $PPO_FLAGS "${@:4}"; }
-left() { "$PYTHON" -c "import json; print($STEPS - json.load(open('$(of "$1")/checkpoint/args.json'))['env_steps'])"; }
-
-for ENV_ID in ${*:-StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 PickCube-v1 PushCube-v1 PullCube-v1 PlaceSphere-v1 PegInsertionSide-v1
-  PutSpoonOnTableClothInScene-v1 StackGreenCubeOnYellowCubeBakedTexInScene-v1 PutEggplantInBasketScene-v1}; do
-  # one imitation for all seeds, the shipped one where there is one: what is compared comes after it
-  SEED=1 DIR=$(SEED=1 of SFT) SFT=checkpoints/${ENV_ID}__sft$([ "$IMITATION" = paper ] || echo "__$IMITATION")
-  if [ ! -d "$SFT" ]; then
-    SFT=$DIR
-    [ -f "$DIR/results.json" ] || run sft.py --env-id "$ENV_ID" --output-dir "$DIR" --resume --num-demos "$DEMOS" --num-updates "$UPDATES" --num-eval-episodes 0 ${SFT_FLAGS:-}
+# left METHOD: the env steps that its roll-outs leave of STEPS
+left() {
+  local read="import json, sys; print($STEPS - json.load(open(sys.argv[1]))['env_steps'])"
+  "$PYTHON" -c "$read" "$(of "$1")/checkpoint/args.json"
+}
+# imitate: sets SFT to the one imitation that all seeds begin with, trains it if there is none
+imitate() {
+  local own shipped=paper
+  SEED=1
+  own=$(of SFT)
+  [[ $ENV_ID == *Scene-v1 ]] && shipped=turned
+  SFT=checkpoints/${ENV_ID}__sft
+  if [ "$IMITATION" != "$shipped" ] || [ ! -d "$SFT" ]; then
+    SFT=$own
+    if [ ! -f "$own/results.json" ]; then
+      case $IMITATION in
+        "$NAME" | paper) ;;
+        *)
+          echo "$own is missing: first NAME=$IMITATION METHODS= $0 $ENV_ID, with its settings" >&2
+          exit 2
+          ;;
+      esac
+      run sft.py --env-id "$ENV_ID" --output-dir "$own" --resume --num-demos "$DEMOS" \
+        --num-updates "$UPDATES" --num-eval-episodes 0 ${SFT_FLAGS:-}
+    fi
   fi
-  [ -f "$DIR/results.json" ] || run eval.py --checkpoint "$SFT" --output-dir "$DIR" --method "$(method SFT)" "${EPISODES[@]}"
+  [ -f "$own/results.json" ] ||
+    run eval.py --checkpoint "$SFT" --output-dir "$own" --method "$(method SFT)" "${EPISODES[@]}"
+}
+
+TASKS=(StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 PickCube-v1 PushCube-v1
+  PullCube-v1 PlaceSphere-v1 PegInsertionSide-v1 PutSpoonOnTableClothInScene-v1
+  StackGreenCubeOnYellowCubeBakedTexInScene-v1 PutEggplantInBasketScene-v1)
+WHOLE=(--no-stage-aware --max-pairs-per-stage 24)
+for ENV_ID in ${*:-${TASKS[@]}}; do
+  imitate
   for SEED in ${SEEDS:-1 2 3}; do
     for METHOD in ${METHODS-STA-TPO TPO STA-PPO PPO PPO-dense SFT-TPO-PPO IPI}; do
       case $METHOD in
-        STA-TPO) tpo STA-TPO ;;
-        TPO) tpo TPO --no-stage-aware --max-pairs-per-stage 24 ;;
-        TPO-sum) tpo TPO-sum --no-stage-aware --max-pairs-per-stage 24 --cost-sum --cost-coef 0.01 ;;
-        STA-TPO-completed) tpo STA-TPO-completed --cost-margin 1e9 ;;
-        STA-TPO-sum) tpo STA-TPO-sum --cost-sum --cost-coef 0.01 ;; # a sum is some ten times a mean
-        STA-TPO-sum-q) tpo STA-TPO-sum-q --cost-sum --cost-coef 0.01 --tpo-reduction sum --beta 0.3 ;; # a segment has some ten steps
-        STA-TPO-sum5) tpo STA-TPO-sum5 --cost-sum --cost-coef 0.01 --num-epochs 5 ;;
+        STA-TPO) tpo STA-TPO --cost mean ;;
+        TPO) tpo TPO "${WHOLE[@]}" --cost mean ;;
+        TPO-sum) tpo TPO-sum "${WHOLE[@]}" ;;
+        STA-TPO-completed) tpo STA-TPO-completed --cost mean --cost-margin 1e9 ;;
+        STA-TPO-sum) tpo STA-TPO-sum ;;
+        # A sum over a segment is larger than its mean, so beta is smaller.
+        STA-TPO-sum-q) tpo STA-TPO-sum-q --tpo-reduction sum --beta 0.3 ;;
+        STA-TPO-sum5) tpo STA-TPO-sum5 --num-epochs 5 ;;
         STA-PPO) ppo STA-PPO "$SFT" "$STEPS" ;;
         STA-PPO-no-*) ppo "$METHOD" "$SFT" "$STEPS" --silent-stages "${METHOD#STA-PPO-no-}" ;;
         PPO) ppo PPO "$SFT" "$STEPS" --reward sparse ;;
-        PPO-dense) [[ $ENV_ID == *Scene-v1 ]] || ppo PPO-dense "$SFT" "$STEPS" --reward dense ;; # ManiSkill has none for SimplerEnv's tasks
+        # ManiSkill has no dense reward for SimplerEnv's tasks.
+        PPO-dense) [[ $ENV_ID == *Scene-v1 ]] || ppo PPO-dense "$SFT" "$STEPS" --reward dense ;;
         SFT-TPO-PPO) ppo SFT-TPO-PPO "$(of TPO)" "$(left TPO)" --reward sparse ;;
-        IPI | IPI-sum | IPI-sum5) ppo "$METHOD" "$(of "STA-TPO${METHOD#IPI}")" "$(left "STA-TPO${METHOD#IPI}")" ;;
-        *) echo "unknown method $METHOD" >&2; exit 2 ;;
+        IPI | IPI-sum | IPI-sum5)
+          BEFORE=STA-TPO${METHOD#IPI}
+          ppo "$METHOD" "$(of "$BEFORE")" "$(left "$BEFORE")"
+          ;;
+        *)
+          echo "unknown method $METHOD" >&2
+          exit 2
+          ;;
       esac
     done
   done

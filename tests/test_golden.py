@@ -28,7 +28,7 @@ COMMANDS = {
     ),
     "sta_tpo": (
         f"--checkpoint {POLICY} --num-initial-states 2 --rollouts-per-state 4 --num-envs 3 "
-        "--num-eval-episodes 0"
+        "--cost mean --num-eval-episodes 0"
     ),
     "sta_ppo": (
         f"--checkpoint {POLICY} --num-envs 3 --num-steps 50 --num-minibatches 1 "

@@ -1,8 +1,7 @@
 """Demonstrations: the scripted expert makes them, and sft.py learns from them.
 
-Both directions use ManiSkill's trajectory format, an .h5 file with a .json file beside it
-(docs/data_format.md). `collect_demos` writes it, `read_demos` reads it, also where other tools of
-ManiSkill have recorded it.
+`collect_demos` writes ManiSkill's trajectory format: an .h5 file with a .json file beside it
+(docs/data_format.md). `read_demos` reads such files, and those of ManiSkill's own tools.
 Letters: T steps, N envs, A numbers of an action, M frames of all demonstrations.
 """
 
@@ -114,6 +113,7 @@ class ClumsyExpert:
     def begin_pauses(self) -> None:
         """Draws which envs pause, where none slips or pauses yet, and how long."""
         N = len(self.pause_left)
+        # A slip and a pause are played to their end before a pause begins.
         begin = torch.from_numpy(self.rng.random(N) < self.pause_chance)
         begin &= (self.slip_left == 0) & (self.pause_left == 0)
         steps = torch.from_numpy(self.rng.integers(2, 7, N))
@@ -127,7 +127,7 @@ class ClumsyExpert:
         return actions
 
     def draw_noise(self, shape: torch.Size) -> Tensor:
-        """Noise (N, A) on the motion alone, because the expert hardly mends a turned wrist."""
+        """Noise (N, A) on the motion alone, because the expert hardly corrects a turned wrist."""
         noise = torch.from_numpy(self.rng.normal(0, self.noise, shape)).float()
         return noise * (torch.arange(shape[1]) < 3)
 
@@ -189,7 +189,7 @@ def collect_demos(
         "episodes": episodes,
     }
     path.with_suffix(".json").write_text(json.dumps(meta))
-    # The .h5 file gets its name last: where it is, both files are complete.
+    # The .h5 file gets its name last. If it is there, both files are complete.
     path.with_suffix(".tmp").rename(path)
 
 
@@ -232,7 +232,7 @@ def record(
             # `next_obs` and `next_info` are of the env's next episode already.
             steps[i] = []
             expert.begin_episode(i)
-        # An expert that fails this often would need hours.
+        # An expert that fails this often would not finish in a reasonable time.
         if failures > 20 + 10 * len(kept):
             envs.close()
             raise UserError(
@@ -416,7 +416,7 @@ def read_stages(group: h5py.Group, T: int, num_stages: int) -> np.ndarray:
     if "stage" not in group:
         return np.full(T, -1)
     stage = group["stage"][:].astype(np.int64)
-    # Some episodes begin in success, which no stage is.
+    # Some episodes begin in success. That is label K, and no stage.
     stage[(stage < 0) | (stage >= num_stages)] = -1
     return stage
 
@@ -429,7 +429,7 @@ def are_complete(frames: Frames, num_actions: int, image_size: int) -> bool:
         return False
     if rgb.shape != (T, image_size, image_size, 3) or stage.shape != (T,):
         return False
-    # ManiSkill's tools may write numbers of any type, but they must be finite.
+    # One number that is not finite would spoil the whole training.
     for array, width in ((proprio, 8), (actions, num_actions), (geometry, 8)):
         if array.shape != (T, width) or not np.isfinite(array).all():
             return False

@@ -57,9 +57,11 @@ def install_assets(light_folder: Path | None) -> None:
 def simulator_options(
     task: Task, backend: str, light: bool, reward: str, render: bool, image_size: int
 ) -> dict:
-    """Arguments of ManiSkill's env class. light: render as little as a policy can do with."""
-    # Each process of a torchrun job has a GPU of its own.
-    device = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
+    """Arguments of ManiSkill's env class. light: spare the renderer what no policy needs."""
+    device = ""
+    if "LOCAL_RANK" in os.environ:
+        # Each process of a torchrun job has a GPU of its own.
+        device = f":{os.environ['LOCAL_RANK']}"
     options = {
         "sim_backend": f"physx_{backend}",
         "reward_mode": "none",
@@ -69,7 +71,7 @@ def simulator_options(
         options["sim_backend"] += device
     if reward == "dense":
         options["reward_mode"] = "normalized_dense"
-    # A quarter of SimplerEnv's pixels shows a policy with small images the same.
+    # A policy with small images sees the same in a quarter of SimplerEnv's pixels.
     if task.grid and light and image_size <= IMAGE_SIZE:
         options["sensor_configs"] = dict(SMALL_CAMERA)
 
@@ -157,7 +159,7 @@ class StageEnv:
         self.next_seed = [seed + i for i in range(num_envs)]
         self.seeds = torch.zeros(num_envs, dtype=torch.long, device=device)
         self.furthest = torch.zeros(num_envs, dtype=torch.long, device=device)
-        # Where the object was when the present episode began.
+        # Where the object lay when the present episode began.
         self.object_start = torch.zeros(num_envs, 3, device=device)
 
     # ---- episodes and steps ----
@@ -167,8 +169,8 @@ class StageEnv:
         """Begins episodes in all envs, or in those of `env_idx` (n,) alone.
 
         seed: s gives env i the seed s + i, a list is taken as it is. None: the next seed of each
-        env. An episode's seed below TRAIN_SEEDS is derived from that of the episode before it.
-        ManiSkill's GPU simulation draws the later episodes from its own random stream instead.
+        env, which is below TRAIN_SEEDS and derived from the seed before it. ManiSkill's GPU
+        simulation draws such an episode from its own random stream instead.
         Returns observations and infos of all envs.
         """
         index = torch.arange(self.num_envs, device=self.base.device)
@@ -191,9 +193,8 @@ class StageEnv:
             # Evaluation plays SimplerEnv's initial configurations in turn.
             options["episode_id"] = torch.tensor(seeds, device=self.base.device) - EVAL_SEED
         # ManiSkill takes seeds of all envs or none.
-        obs, _ = self.env.reset(
-            seed=seeds if len(seeds) == self.num_envs else None, options=options
-        )
+        all_seeds = seeds if len(seeds) == self.num_envs else None
+        obs, _ = self.env.reset(seed=all_seeds, options=options)
         for i, s in zip(index.tolist(), seeds, strict=True):
             self.next_seed[i] = int(np.random.default_rng(s).integers(TRAIN_SEEDS))
         obs = self.show_goal(obs)

@@ -101,7 +101,7 @@ def first_row(batch: dict) -> dict:
 
 
 def tensors(batch: dict) -> dict:
-    """gymnasium's batch of `first_row`s as tensors. Its masks, whose names begin with _, go."""
+    """gymnasium's batch of `first_row`s as tensors, without its masks (names that begin with _)."""
     found = {}
     for name, x in batch.items():
         if name == ENDED_OBS:
@@ -225,13 +225,14 @@ class StageVectorEnv:
         half: one of `halves`. actions: (n, A) of its n envs.
         """
         part = self.parts[self.halves.index(half)]
+        # The policy may have computed the actions on a GPU.
         self.ask(part.step_async, actions.cpu().numpy())
 
     def receive(self, half: slice) -> tuple[State, Tensor, Tensor, Tensor, dict]:
         """Waits for the step that `send` began. Returns what `step` does, of the envs in `half`."""
         part = self.parts[self.halves.index(half)]
         obs, reward, terminated, truncated, infos = self.ask(part.step_wait)
-        # gymnasium makes float64 of rewards.
+        # gymnasium returns rewards as float64.
         reward = torch.from_numpy(reward).float()
         terminated = torch.from_numpy(terminated)
         truncated = torch.from_numpy(truncated)
@@ -269,9 +270,9 @@ class StageVectorEnv:
         try:
             return method(*inputs, **kwargs)
         except Exception as error:
-            # The other processes may be at work. Nobody will ask for what they compute.
+            # The other processes may be at work on results that nobody will ask for.
             self.close()
-            # A pipe without a process at its other end is all that is left of one.
+            # A closed pipe means that the process at its other end is gone.
             if not isinstance(error, (EOFError, ConnectionError)):
                 raise
             raise UserError(
@@ -286,7 +287,7 @@ class StageVectorEnv:
         None stands for what a half lacks, as `final_obs` where none of its episodes has ended. It
         becomes zeros.
         """
-        # At least one half has it, and says what it is.
+        # At least one half has it, and tells its type.
         like = next(part for part in parts if part is not None)
         if isinstance(like, tuple):
             return tuple(self.join(list(column)) for column in zip(*parts))
@@ -323,7 +324,7 @@ def make_envs(
     """
     if num_envs < 1:
         raise UserError(f"--num-envs must be at least 1, not {num_envs}")
-    # Where success ends no episode, either backend can play every task.
+    # On the GPU some tasks cannot end an episode at success. Without that every task works.
     checked_backend = backend if terminate_on_success else "cpu"
     render = kwargs.get("render", True)
     reward = kwargs.get("reward", "sparse")
