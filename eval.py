@@ -98,15 +98,16 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     """One action, decoded token by token over the action bins alone, with a key-value cache.
 
     inputs: what the processor returns for B observations. active: (A,) bool, false where the
-    action never varies: that bin is fixed and counts in no log-probability.
+    action never varies: its bin is n_bins // 2 and is left out of the log-probability.
     Returns bins (B, A) long, logprob (B,) fp32 (the sum over active tokens), and hidden (B, D),
     the last layer's output at the token before the first action token.
     """
+    # Bin b is token id end - 1 - b.
     end = model.config.action_id_end
     n_bins = model.config.n_action_bins
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
-    # The model has inserted its image and proprioception tokens behind <s>.
+    # The model has inserted its image and proprioception tokens after <s>.
     mask = inputs["attention_mask"]
     inserted = mask.new_ones(len(mask), model.num_prefix())
     mask = torch.cat([mask[:, :1], inserted, mask[:, 1:]], 1)
@@ -121,7 +122,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
             cache = out.past_key_values
             out = model(tokens, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+        # The flip puts bin 0 first.
         logits = out.logits[:, -1, end - n_bins : end].flip(-1)
         logp = logits.float().log_softmax(-1)  # (B, n_bins)
         if greedy:

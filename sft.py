@@ -1,4 +1,6 @@
-"""Imitation, step 1 of IPI: a VLA learns the demonstrations' actions as tokens.
+"""Imitation: a VLA learns the demonstrations' actions as tokens.
+
+It is step 1 of IPI: sft.py (imitation), sta_tpo.py (preference), sta_ppo.py (interaction).
 
     python sft.py --env-id PickCube-v1
         the scripted expert makes demonstrations, then the policy is trained on them
@@ -120,11 +122,11 @@ class Args:
     batch_size: int = 64
     """frames per optimiser step, of each process"""
     chunk_size: int = 128
-    """steps or frames per forward and backward pass: bounds memory, changes no result"""
+    """samples per forward and backward pass of an update: bounds its memory, changes no result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations again in the backward pass: less memory, a third more work"""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """the gradient's norm is clipped to this, over all parameters together"""
 
     # the loss
     label_jitter: float = 4.0
@@ -142,31 +144,35 @@ class Args:
 
 
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
-    """Log-probability of given actions in one teacher-forced pass.
+    """Log-probability of given actions, in one pass that is given all of their tokens.
 
-    It is the same function of the weights as `sample_action`. inputs: what the processor returns.
-    bins: (B, A) long. active: (A,) or (B, A) bool. Returns logprob (B,) fp32 (the sum over active
-    tokens), entropy (B,) likewise, hidden (B, D) at the token before the first action token, and
-    greedy (B, A), the most likely bins.
+    It is the same function of the weights as that of `sample_action`.
+    inputs: what the processor returns. bins: (B, A) long. active: (A,) or (B, A) bool.
+    Returns logprob (B,) fp32 and entropy (B,), both sums over the active tokens, hidden (B, D) at
+    the token before the first action token, and the likeliest bins (B, A).
     """
+    # Bin b is token id end - 1 - b.
     end = model.config.action_id_end
     n_bins = model.config.n_action_bins
     A = bins.shape[1]
-    # The last action token is fed to no one: nothing comes after it.
+    # The last action token is not an input, because nothing comes after it.
     tokens = end - 1 - bins[:, :-1]
     ids = torch.cat([inputs["input_ids"], tokens], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
     inputs = {**inputs, "input_ids": ids, "attention_mask": mask}
     out = model(**inputs, logits_to_keep=A)
-    # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+    # The flip puts bin 0 first.
     logits = out.logits[..., end - n_bins : end].flip(-1)
     logp = logits.float().log_softmax(-1)  # (B, A, n_bins)
+    assert active.shape[-1] == A, "one flag per action token"
     active = active.to(bins.device)
     chosen_logp = logp.gather(-1, bins[..., None])[..., 0]  # (B, A)
     logprob = (chosen_logp * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
     assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action"
-    return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
+    # logits_to_keep=A keeps the last A positions: the first of them predicts the first token.
+    hidden = out.last_hidden_state[:, 0]
+    return logprob, entropy, hidden, logp.argmax(-1)
 
 
 # ---- demonstrations ----
@@ -391,8 +397,8 @@ def log_evaluation(args: Args, run: Run, model, processor, ids: list[str], step:
 
 
 def main(args: Args) -> None:  # noqa: PLR0915
-    # ---- set-up: check. Nothing is made before all input is known to be good ----
-    rank, world, device = parallel.join(args.cuda)
+    # ---- set-up: check the arguments ----
+    rank, world_size, device = parallel.join(args.cuda)
     ids = check_args(args)
     run = Run("sft", args.output_dir, args.resume, rank)
     for name in ("env_id", "lora_rank", "vla", "seed"):
@@ -408,7 +414,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
     check_instructions(model, processor, instructions)
     demos = read_files(args, ids, processor.image_size)
 
-    # ---- set-up: build ----
+    # ---- set-up: build. A folder is made only now, when all input is known to be good ----
     step = run.state["step"] if run.state else 0
     run.open(asdict(args), args.output_dir, step)
     if not demos:
@@ -432,7 +438,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
     metrics = Metrics()
     if run.state:
         resume(run, model, heads, optimizer, metrics)
-    begun_at = step
+    first_step = step
     start_row = time.time()
     model.train()
     progress = Progress(
@@ -441,7 +447,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
     while Stop.hold(step < args.num_updates):
         # ---- batch: the step's number decides it, so that a resumed run sees the same data ----
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        B = world * args.batch_size
+        B = world_size * args.batch_size
         mb_inds = torch.randint(len(frames.rgb), (B,), generator=generator)
         clean_bins = frames.bins[mb_inds]
         mb_bins = vla.blur_bins(clean_bins, args.label_jitter, n_bins, generator)
@@ -453,8 +459,8 @@ def main(args: Args) -> None:  # noqa: PLR0915
         cosine = 0.5 * (1 + np.cos(np.pi * step / args.num_updates))
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(warmup, cosine)
         optimizer.zero_grad()
-        own_inds = mb_inds[rank::world].split(args.chunk_size)
-        own_bins = mb_bins[rank::world].split(args.chunk_size)
+        own_inds = mb_inds[rank::world_size].split(args.chunk_size)
+        own_bins = mb_bins[rank::world_size].split(args.chunk_size)
         for chunk, chunk_bins in zip(own_inds, own_bins, strict=True):
             active = frames.active[frames.task[chunk]].to(device)  # (B, A)
             texts = [instructions[i] for i in frames.task[chunk]]
@@ -463,7 +469,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
             inputs = processor(
                 frames.rgb[chunk], texts, frames.proprio[chunk], proprio_stats, device
             )
-            logprob, _, hidden, greedy = action_logprob(
+            logprob, _, hidden, likeliest = action_logprob(
                 model, inputs, chunk_bins.to(device), active
             )
             # cross-entropy per active token, in nats
@@ -481,7 +487,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
             share = len(chunk) / B
             (share * loss).backward()
 
-            off = (greedy - frames.bins[chunk].to(device)).abs()[active]
+            off = (likeliest - frames.bins[chunk].to(device)).abs()[active]
             metrics.add(
                 share,
                 ce=ce,
@@ -494,7 +500,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
         parallel.sum_over_processes([p.grad for p in trained])
         # The separator's gradient is its own and is not clipped.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-        metrics.add(1 / world, grad_norm=grad_norm)
+        metrics.add(1 / world_size, grad_norm=grad_norm)
         metrics.end_minibatch()
         found = {"loss": metrics.last("ce"), "gradient": grad_norm.item()}
         batch = {"rgb": frames.rgb[mb_inds], "proprio": frames.proprio[mb_inds], "bins": mb_bins}
@@ -506,7 +512,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
         # ---- log ----
         if step % LOG_FREQ == 0 or step == args.num_updates:
             # A resumed run has rows from before in its means, but no seconds.
-            num_timed = min(len(metrics.minibatches), step - begun_at)
+            num_timed = min(len(metrics.minibatches), step - first_step)
             seconds = (time.time() - start_row) / num_timed
             start_row = time.time()
             scalars = {
@@ -520,7 +526,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
 
         # ---- save ----
         saves = step % args.save_freq == 0 or step == args.num_updates
-        # All processes ask, because all of them leave when one was asked to.
+        # Stop.asked() stands first, because all processes of a job must call it.
         if (Stop.asked() or saves) and rank == 0:
             settings = {
                 **asdict(args),

@@ -1,4 +1,6 @@
-"""STA-PPO, step 3 of IPI: PPO on the task itself, with a stage reward for progress in each stage.
+"""STA-PPO: PPO on the task itself, with a stage reward for progress inside each stage.
+
+It is step 3 of IPI: sft.py (imitation), sta_tpo.py (preference), sta_ppo.py (interaction).
 
     python sta_ppo.py --env-id PickCube-v1
         starts from the newest STA-TPO (else SFT) run of this task, else from the shipped checkpoint
@@ -6,23 +8,27 @@
         plain PPO, the ablation (--reward dense is ManiSkill's own reward)
 
     r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t))      Phi(s) = k + phi_k(s), 0 if terminal
-    loss = -mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)
-           + c_v * mean (V - return)^2 / 2 + c_kl * KL(pi || pi_start)
+    loss = -mean min(ratio * adv, clip(ratio, 1 - eps, 1 + eps) * adv)
+           + c_v * mean (V - return)^2 / 2 + c_kl * mean (log pi - log pi_start)^2 / 2
 
-r' is the paper's stage reward; the term k is ours (docs/sta_ppo.md says why). The ratio is that of
-the whole action: its log-probability is the sum over the action's tokens.
+r' is the paper's stage reward. Ours are the term k, the scale of phi_k, and Phi = 0 at a terminal
+state (docs/sta_ppo.md says why). The ratio is that of the whole action: its log-probability is the
+sum over the action's tokens.
 
-What differs from CleanRL's ppo.py and from RL4VLA:
-- A truncated episode is bootstrapped with the value of its final observation.
-- Advantages are normalised once over the whole buffer (--stage-advantage: within each stage).
-- Logged losses are means over the update.
-- The critic has a warm-up and a learning rate of its own. Its loss is not clipped.
-- There is no entropy bonus. The optimiser is AdamW with betas (0.9, 0.95).
-- Every roll-out begins with fresh episodes, where the horizon fits into it.
+What differs from CleanRL's ppo.py, from RL4VLA, or from both:
+- A truncated episode is bootstrapped with the value of its final observation (both).
+- Advantages are normalised once over the whole buffer (CleanRL: per minibatch).
+- Logged losses are means over the update (CleanRL: the last minibatch).
+- The critic has a warm-up (both), a learning rate of its own and no clipping (CleanRL).
+- There is no entropy bonus (both). The optimiser is AdamW with betas (0.9, 0.95).
+- All episodes start again every ceil(horizon / T) updates (both).
 
-Lines marked STARE are what the paper adds to PPO. To add a task, edit TASKS in world/tasks.py,
-nothing here, and imitate it first with sft.py.
-Letters: T steps of a roll-out, N envs, B batch, A action tokens, D hidden width, K stages.
+Comments that begin with STARE show where stages enter PPO. To change what one stage pays, edit its
+`distance` or `length` in world/tasks.py; to change the formula, edit `stage_potential` in
+stare_utils.py. A new task is an entry of TASKS in world/tasks.py (docs/tasks.md) and needs nothing
+here. Imitate it first with sft.py.
+Letters: T steps of a roll-out, N envs, n envs of one half, B steps in a batch, A action tokens,
+D hidden width, K stages.
 """
 
 import math
@@ -97,47 +103,48 @@ class Args:
     env_id: str = "PickCube-v1"
     """task"""
     num_envs: int = 8
-    """N: env processes (CPU) or parallel envs (GPU), of each process of a `torchrun` job"""
+    """N: env processes (CPU) or parallel envs (GPU), for each process of a `torchrun` job"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
 
     # the reward
     reward: Literal["stare", "sparse", "dense"] = "stare"
     """stare: success plus the stage reward. sparse: success alone, which is plain PPO. dense:
-    ManiSkill's normalized_dense, which pays every step. It does not end an episode at success, and
-    it is divided by the horizon, so that an episode pays at most 1, as with the others"""
+    ManiSkill's normalized_dense, which pays every step. Its episodes go on after success. It is
+    divided by the horizon, so that an episode pays at most 1"""
     shaping_weight: float = -1.0
-    """w; negative: 1 / K, so that w * Phi in [0, 1] is a first guess of the value; 0 equals
-    --reward sparse bit for bit"""
+    """w; a negative number means 1 / K, which keeps w * Phi in [0, 1]; 0 equals --reward sparse bit
+    for bit"""
     potential: Literal["sigmoid", "linear"] = "sigmoid"
-    """form of phi_k: the paper's sigmoid(1 - d / L), rescaled, or max(0, 1 - d / L)"""
+    """form of phi_k: sigmoid(1 - d / L) / sigmoid(1), or max(0, 1 - d / L)"""
     potential_across_stages: Literal["offset", "bare"] = "offset"
     """offset: Phi = k + phi_k. bare: the paper's phi_k alone, which falls at each stage switch"""
     silent_stages: str = ""
-    """stages, separated by commas, that pay only when they end, an ablation: Phi = k inside them"""
+    """stages, with commas between them, whose distance pays nothing: Phi = k inside them"""
     stage_advantage: bool = False
     """normalise advantages within each stage instead of over the whole buffer"""
     stage_source: Literal["rules", "learned"] = "rules"
-    """rules: read the simulator's state. learned: the classifier that sft.py trained on the frozen
-    SFT policy's features. It sees images only, so Phi = k"""
+    """rules: read the simulator's state. learned: the separator that sft.py trained on the frozen
+    SFT policy's features. It knows no distances, so Phi = k"""
 
     # PPO
     total_timesteps: int = 65536
     """env steps in all, rounded up to whole updates"""
     num_steps: int = 100
-    """T: env steps per env between updates. Fresh episodes begin every ceil(horizon / T) updates. A
-    run resumed there equals an uninterrupted one, on a CPU bit for bit"""
+    """T: env steps per env between updates. All episodes start again every ceil(horizon / T)
+    updates. A run that is resumed at such an update equals an uninterrupted one, on a CPU bit for
+    bit"""
     gamma: float = 0.97
-    """discount: each step saved is worth (1 - gamma) V"""
+    """discount: finishing one step earlier is worth about (1 - gamma) V"""
     gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation. With 0.5 a sparse reward taught the policy to
-    stand still on PlaceSphere-v1 (docs/results.md)"""
+    """lambda of generalised advantage estimation; a short one handicaps a sparse reward
+    (docs/results.md)"""
     num_minibatches: int = 4
     """optimiser steps per epoch; num_envs * num_steps must be a multiple of it"""
     update_epochs: int = 2
     """passes over each roll-out"""
     chunk_size: int = 128
-    """steps or frames per forward and backward pass: bounds memory, changes no result"""
+    """samples per forward and backward pass of an update: bounds its memory, changes no result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations again in the backward pass: less memory, a third more work"""
     clip_coef: float = 0.2
@@ -147,32 +154,33 @@ class Args:
     kl_coef: float = 0.0
     """c_kl: weight of the KL to the policy that the run started from; 0 leaves it out"""
     target_kl: float | None = None
-    """no further epoch in this update once the KL of an epoch's last minibatch exceeds this"""
+    """stop an update's epochs once the KL of the last minibatch of an epoch is above this"""
     critic_warmup: int = 2
-    """updates in which only the value head learns. An untrained critic punishes good actions, and
-    Adam's first steps are its largest. Adam's momentum is reset at the end of the warm-up"""
+    """updates in which only the value head learns, so that an untrained critic does not mislead the
+    policy. Adam's momentum is reset at their end"""
+
     # the optimiser
     lora_rank: int = 0
     """0 trains all weights; else LoRA matrices of this rank, merged into what is written"""
     learning_rate: float = 5e-5
-    """AdamW, the VLA"""
+    """AdamW's learning rate of the VLA"""
     value_learning_rate: float = 1e-3
-    """AdamW, value head"""
+    """AdamW's learning rate of the value head"""
     anneal_lr: bool = True
-    """lower both learning rates linearly to zero at --total-timesteps; a run that is to be resumed
-    beyond them needs --no-anneal-lr"""
+    """lower both learning rates linearly to zero at --total-timesteps. Use --no-anneal-lr if you
+    will resume the run past --total-timesteps"""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """the gradient's norm is clipped to this, over all parameters together"""
 
     # saving and evaluating
     save_freq: int = 10
-    """updates between checkpoints, rounded up to where fresh episodes begin"""
+    """updates between checkpoints, rounded up to where all episodes start again"""
     eval_freq: int = 0
     """updates between evaluations; 0: only at the end"""
     num_eval_episodes: int = 16
     """episodes of each evaluation; 0 leaves it out"""
 
-    # to be filled in runtime
+    # to be filled in at run time
     batch_size: int = 0
     """num_envs * num_steps * processes (computed)"""
     minibatch_size: int = 0
@@ -180,9 +188,9 @@ class Args:
     num_iterations: int = 0
     """total_timesteps / batch_size, rounded up (computed)"""
     round_length: int = 0
-    """updates between two fresh starts of all episodes (computed)"""
+    """a round is the updates from one start of all episodes to the next: how many (computed)"""
     episodes_per_round: int = 0
-    """episodes of each env that fit into a round, however long they take (computed)"""
+    """episodes of each env that end within a round even if all reach the horizon (computed)"""
 
 
 @torch.no_grad()
@@ -190,15 +198,16 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     """One action, decoded token by token over the action bins alone, with a key-value cache.
 
     inputs: what the processor returns for B observations. active: (A,) bool, false where the
-    action never varies: that bin is fixed and counts in no log-probability.
+    action never varies: its bin is n_bins // 2 and is left out of the log-probability.
     Returns bins (B, A) long, logprob (B,) fp32 (the sum over active tokens), and hidden (B, D),
     the last layer's output at the token before the first action token.
     """
+    # Bin b is token id end - 1 - b.
     end = model.config.action_id_end
     n_bins = model.config.n_action_bins
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
-    # The model has inserted its image and proprioception tokens behind <s>.
+    # The model has inserted its image and proprioception tokens after <s>.
     mask = inputs["attention_mask"]
     inserted = mask.new_ones(len(mask), model.num_prefix())
     mask = torch.cat([mask[:, :1], inserted, mask[:, 1:]], 1)
@@ -213,7 +222,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
             cache = out.past_key_values
             out = model(tokens, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+        # The flip puts bin 0 first.
         logits = out.logits[:, -1, end - n_bins : end].flip(-1)
         logp = logits.float().log_softmax(-1)  # (B, n_bins)
         if greedy:
@@ -225,31 +234,35 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
 
 
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
-    """Log-probability of given actions in one teacher-forced pass.
+    """Log-probability of given actions, in one pass that is given all of their tokens.
 
-    It is the same function of the weights as `sample_action`. inputs: what the processor returns.
-    bins: (B, A) long. active: (A,) or (B, A) bool. Returns logprob (B,) fp32 (the sum over active
-    tokens), entropy (B,) likewise, hidden (B, D) at the token before the first action token, and
-    greedy (B, A), the most likely bins.
+    It is the same function of the weights as that of `sample_action`.
+    inputs: what the processor returns. bins: (B, A) long. active: (A,) or (B, A) bool.
+    Returns logprob (B,) fp32 and entropy (B,), both sums over the active tokens, hidden (B, D) at
+    the token before the first action token, and the likeliest bins (B, A).
     """
+    # Bin b is token id end - 1 - b.
     end = model.config.action_id_end
     n_bins = model.config.n_action_bins
     A = bins.shape[1]
-    # The last action token is fed to no one: nothing comes after it.
+    # The last action token is not an input, because nothing comes after it.
     tokens = end - 1 - bins[:, :-1]
     ids = torch.cat([inputs["input_ids"], tokens], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
     inputs = {**inputs, "input_ids": ids, "attention_mask": mask}
     out = model(**inputs, logits_to_keep=A)
-    # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+    # The flip puts bin 0 first.
     logits = out.logits[..., end - n_bins : end].flip(-1)
     logp = logits.float().log_softmax(-1)  # (B, A, n_bins)
+    assert active.shape[-1] == A, "one flag per action token"
     active = active.to(bins.device)
     chosen_logp = logp.gather(-1, bins[..., None])[..., 0]  # (B, A)
     logprob = (chosen_logp * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
     assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action"
-    return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
+    # logits_to_keep=A keeps the last A positions: the first of them predicts the first token.
+    hidden = out.last_hidden_state[:, 0]
+    return logprob, entropy, hidden, logp.argmax(-1)
 
 
 class ValueHead(nn.Module):
@@ -266,7 +279,7 @@ class ValueHead(nn.Module):
             nn.GELU(),
             nn.Linear(256, 1),
         )
-        # A random V would be worse than none: its first TD errors would teach the policy noise.
+        # A random V would give the policy random advantages at first.
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
@@ -282,10 +295,11 @@ def value_of(model, value_head: ValueHead, inputs: dict) -> torch.Tensor:
 
 
 class Buffers:
-    """Storage of a roll-out. Row t is step t, column n is env n."""
+    """Storage of a roll-out: row t is step t, column n is env n."""
 
     def __init__(self, T: int, N: int, A: int, image_size: int, device: torch.device):
-        # These four have one row more, for the states in which the envs stand at the end.
+        # Observations, values, stages and potentials have T + 1 rows. Row T is the state after the
+        # last step.
         self.obs = {
             "rgb": torch.zeros(T + 1, N, image_size, image_size, 3, dtype=torch.uint8),
             "proprio": torch.zeros(T + 1, N, 8),
@@ -294,34 +308,41 @@ class Buffers:
         self.stages = torch.zeros(T + 1, N, dtype=torch.long, device=device)
         self.potentials = torch.zeros(T + 1, N, device=device)
         self.bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
-        # PPO's old log-probabilities, (T, N): one per action
+        # PPO's old log-probabilities, one per action
         self.logprobs = torch.zeros(T, N, device=device)
         self.rewards = torch.zeros(T, N, device=device)
+        # Step t has ended the episode: by success, or by success or the horizon. (CleanRL's
+        # dones[t] is about step t - 1.)
         self.terminated = torch.zeros(T, N, dtype=torch.bool, device=device)
-        # terminated or truncated
         self.done = torch.zeros(T, N, dtype=torch.bool, device=device)
-        # V of the final observation, where step t has ended an episode
+        # V of the final observation, where step t has ended the episode
         self.final_values = torch.zeros(T, N, device=device)
 
-    def put_obs(self, t: int, half: slice, obs: dict) -> None:
-        """Keeps what the envs in `half` show before step t."""
+    def put_state(
+        self, t: int, half: slice, obs: dict, stage: torch.Tensor, phi: torch.Tensor
+    ) -> None:
+        """Keeps the state before step t. half: of which envs, a slice of the N."""
+        # Assigning a single number to a slice would copy it to all envs without an error.
+        assert stage.shape == phi.shape == self.stages[t, half].shape
         for name, value in obs.items():
             self.obs[name][t, half] = value
+        self.stages[t, half] = stage
+        self.potentials[t, half] = phi
 
     def obs_at(self, t: int, half: slice) -> dict:
-        """What the envs in `half` show before step t."""
+        """The observations before step t. half: of which envs, a slice of the N."""
         return {name: value[t, half] for name, value in self.obs.items()}
 
-    def roll_over(self) -> None:
-        """The last states of a roll-out are the first ones of the next."""
+    def carry_last_state(self) -> None:
+        """The last state of a roll-out is the first one of the next. Its value is made again."""
         for buffer in (*self.obs.values(), self.stages, self.potentials):
             buffer[0] = buffer[-1]
 
     def reset(self, envs, seed: int, stage_of) -> dict:
-        """Begins fresh episodes in all envs. Returns their infos."""
+        """Starts all episodes. Returns their infos."""
         obs, info = envs.reset(seed=seed)
-        self.put_obs(0, slice(None), obs)
-        self.stages[0], self.potentials[0] = stage_of(obs, info)
+        stage, phi = stage_of(obs, info)
+        self.put_state(0, slice(None), obs, stage, phi)
         return info
 
 
@@ -353,9 +374,10 @@ class LearnedStages:
 
     @torch.no_grad()
     def __call__(self, obs: dict, info: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        # the hidden state that predicts the first action token, as in sft.py
         inputs = self.codec.inputs(obs)
+        # the hidden state that predicts the first action token, as in sft.py
         hidden = self.sft_model(**inputs, logits_to_keep=1).last_hidden_state[:, -1]
+        # The separator may know tasks with more stages than this one.
         stage_logits = self.separator(hidden.float())[:, : self.num_stages]
         stage = stage_logits.argmax(-1)
         return stage, stage.float()
@@ -373,8 +395,9 @@ def compute_gae(
     """Generalised advantage estimation (Schulman et al. 2016).
 
     All (T, N). terminated, done: bool; done = terminated or truncated. next_values[t] is V of the
-    true next state: at an episode's end that of its final observation. A termination has no future
-    and a truncation has one. Neither lets the next episode's advantage through.
+    true next state: at an episode's end that of its final observation. After a truncation the
+    value of that state is bootstrapped, after a termination it is not. At both the recursion over
+    advantages starts again.
     Returns advantages, and returns = advantages + values.
     """
     shapes = {x.shape for x in (rewards, values, next_values, terminated, done)}
@@ -391,13 +414,13 @@ def compute_gae(
 
 
 def ppo_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float) -> torch.Tensor:
-    """-mean min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) (Schulman et al. 2017, eq. 7).
+    """-mean min(ratio * adv, clip(ratio, 1 - eps, 1 + eps) * adv) (Schulman et al. 2017, eq. 7).
 
     Both (B,): one ratio per action.
     """
     assert logratio.shape == advantages.shape, "shapes differ: this would broadcast"
     assert logratio.ndim == 1, "one ratio per action"
-    # The larger loss counts, so clipping never makes a step look better than it is.
+    # The max of the two losses is the min of the two objectives.
     ratio = logratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)
@@ -405,24 +428,25 @@ def ppo_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float)
 
 
 def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
-    """mean (log pi - log pi_ref)^2 / 2, both (B,), on actions that the policy itself sampled.
+    """mean (log pi - log pi_ref)^2 / 2 on the roll-out's actions, both (B,).
 
-    Its gradient is that of KL(pi || pi_ref), its value is not. The common estimator r - 1 - log r
-    with r = pi_ref / pi has the value of this KL but the gradient of KL(pi_ref || pi).
+    While the policy is still the one that sampled them, its gradient is that of KL(pi || pi_ref).
+    Its value is not that KL. The common estimator r - 1 - log r with r = pi_ref / pi has the value
+    of this KL, but the gradient of KL(pi_ref || pi).
     """
     assert logprob.shape == ref_logprob.shape, "shapes differ: this would broadcast"
     return 0.5 * (logprob - ref_logprob).square().mean()
 
 
 def normalize(advantages: torch.Tensor, stages: torch.Tensor | None) -> torch.Tensor:
-    """Advantages (B,) with mean 0 and deviation 1, over the buffer or within each stage.
+    """Advantages (B,) with mean 0 and standard deviation 1, over the buffer or within each stage.
 
     stages: (B,) the stage of each step, or None for the whole buffer. A stage with a single step
-    gets 0, because it has no deviation.
+    gets 0, because one number has no deviation.
     """
     if stages is None:
         return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    # Labels are compared exactly: they are small integers, whatever their dtype.
+    # Stages may come as floats, but they are small integers, so == is safe.
     out = torch.zeros_like(advantages)
     for k in stages.unique():
         mine = stages == k
@@ -431,7 +455,7 @@ def normalize(advantages: torch.Tensor, stages: torch.Tensor | None) -> torch.Te
     return out
 
 
-def check_args(args: Args, world: int) -> Task:
+def check_args(args: Args, world_size: int) -> Task:
     """Checks the arguments, fills in the computed ones, and returns the task."""
     args.env_id, *others = env_ids(args.env_id)
     if others:
@@ -450,22 +474,22 @@ def check_args(args: Args, world: int) -> Task:
     }
     check_numbers(asdict(args), least)
     check_stage_args(args, task)
-    # One step alone would have no deviation to normalise by.
+    # The advantage of a single step has no deviation to normalise by.
     steps = args.num_envs * args.num_steps
     if steps % args.num_minibatches or steps == 1:
         raise UserError(
             f"num_envs * num_steps = {steps} must be a multiple of "
             f"--num-minibatches {args.num_minibatches}, and more than 1"
         )
-    # A minibatch has its share in every process, so its size divides by the processes.
-    args.batch_size = world * steps
+    # minibatch_size counts all processes. Each has an equal share, because `steps` divides.
+    args.batch_size = world_size * steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = math.ceil(args.total_timesteps / args.batch_size)
-    # All episodes start again after as many updates as the horizon needs.
+    # A round is the fewest updates that hold a whole episode of any length.
     horizon = task.max_episode_steps
     args.round_length = math.ceil(horizon / args.num_steps)
     args.episodes_per_round = args.round_length * args.num_steps // horizon
-    # A run that is resumed there equals one that was never stopped.
+    # A checkpoint at the end of a round can be resumed exactly.
     args.save_freq = math.ceil(args.save_freq / args.round_length) * args.round_length
     if args.num_iterations <= args.critic_warmup:
         print(
@@ -477,7 +501,7 @@ def check_args(args: Args, world: int) -> Task:
 
 def check_stage_args(args: Args, task: Task) -> None:
     """Raises UserError where flags about stages contradict each other."""
-    # The learned separator gives labels alone, so nothing that reads a distance goes with it.
+    # The learned separator gives no distance, so options about distances are refused.
     silent = args.silent_stages.split(",") if args.silent_stages else []
     other_potential = args.potential != "sigmoid" or args.potential_across_stages != "offset"
     if args.stage_source == "learned" and (other_potential or silent):
@@ -495,14 +519,13 @@ def reward_weights(args: Args, task: Task) -> tuple[float, float]:
     """Weight w of the stage reward, and the scale of the env's own reward."""
     K = len(task.stages)
     if args.reward == "dense":
-        # Without this scale V would be ten times that of the other rewards, and its loss would
-        # drown the policy's loss in the gradient's norm.
+        # Unscaled, V would be far above 1, and its loss would drown the policy's loss in the
+        # gradient's norm.
         return 0.0, 1 / task.max_episode_steps
     if args.reward == "sparse":
         return 0.0, 1.0
-    # STARE: the weight of the stage reward. w = 1 / K keeps w * Phi in [0, 1], the value's own
-    # range. Success gives back w * Phi, and 1 / K keeps that from looking like a loss to a critic
-    # that still says 0.
+    # STARE: the weight of the stage reward. At success the shaping term is -w * Phi(s_t), because
+    # Phi of a terminal state is 0. With w = 1 / K the reward 1 - w * Phi is never negative there.
     weight = args.shaping_weight if args.shaping_weight >= 0 else 1 / K
     largest_phi = K if args.potential_across_stages == "offset" else 1
     if weight * largest_phi > 1 and args.critic_warmup == 0:
@@ -514,8 +537,10 @@ def reward_weights(args: Args, task: Task) -> tuple[float, float]:
 
 
 def find_start(args: Args, run: Run) -> tuple[str, str]:
-    """The policy that the run starts from, and its fingerprint. Raises UserError where a resumed
-    run was begun from another one."""
+    """The policy that the run starts from, and the fingerprint of its files.
+
+    Raises UserError where a resumed run was begun from another policy.
+    """
     given = args.vla or args.checkpoint
     if not run.state:
         source = given or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
@@ -534,15 +559,19 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
 
 
 def load_start(args: Args, run: Run, source: str, origin: str, device: torch.device):
-    """Model, processor and folder of the policy with which this call begins."""
-    # A LoRA run goes on from its first policy, because its checkpoint holds the merged adapter.
+    """Model, processor and folder: on resume those of the checkpoint, else of the start policy."""
+    # A LoRA checkpoint is merged. To go on, LoRA needs the start policy, and the adapter that
+    # `resume` puts back.
     if run.state and not args.lora_rank:
         return load_policy(args.output_dir, device)
     return load_policy(source, device, origin)
 
 
 def load_stages(args: Args, task: Task, folder: Path, codec: vla.Codec, device: torch.device):
-    """What says the stage and Phi of states. folder: the policy's, which leads to its separator."""
+    """Returns the function (obs, info) -> (stage, Phi).
+
+    folder: the policy's, from which its learned separator is found.
+    """
     if args.stage_source == "rules":
         return RuleStages(task.stages, args.silent_stages, device)
     learned = load_separator(folder, args.env_id, device)
@@ -578,7 +607,7 @@ def load_reference(args: Args, model, source: str, origin: str, device: torch.de
     if not args.kl_coef:
         return None
     if args.lora_rank:
-        # Without its adapter the model is the policy that the run started from.
+        # reference_logprobs switches the adapter off, which leaves the start policy.
         return model
     reference, _, _ = load_policy(source, device, origin)
     return reference.to(model.dtype)
@@ -616,18 +645,19 @@ def build_optimizer(args: Args, params: list[nn.Parameter], value_head: ValueHea
 def set_learning_rates(args: Args, optimizer, iteration: int) -> None:
     """The learning rates of an update. The VLA stands still during critic warm-up."""
     # linear annealing, as in CleanRL
-    left = 1 - iteration / args.num_iterations if args.anneal_lr else 1
-    optimizer.param_groups[0]["lr"] = args.learning_rate * left
-    optimizer.param_groups[1]["lr"] = args.value_learning_rate * left
+    remaining = 1 - iteration / args.num_iterations if args.anneal_lr else 1
+    optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+    optimizer.param_groups[1]["lr"] = args.value_learning_rate * remaining
     if iteration < args.critic_warmup:
-        # Adam's second moments fill meanwhile.
+        # With a learning rate of 0 Adam still collects its second moments.
         optimizer.param_groups[0]["lr"] = 0.0
 
 
-def forget_momentum(optimizer) -> None:
-    """Adam forgets the directions that the untrained critic taught, also in the value head."""
+def reset_momentum(optimizer) -> None:
+    """Sets Adam's momentum to zero, which the untrained critic has shaped."""
     for moments in optimizer.state.values():
-        # The first ten steps or so are small, because the momentum has to grow again.
+        # Adam's step count stays, so its bias correction does not enlarge the momentum while it
+        # grows again: the next ten steps or so are small.
         moments["exp_avg"].zero_()
 
 
@@ -644,7 +674,7 @@ def resume(run: Run, model, value_head: ValueHead, optimizer, statistics) -> dic
 
 
 def result_settings(args: Args, weight: float, source: str, env_steps: int, wall_s: float) -> dict:
-    """What args.json holds: the arguments, and what result rows say about the training."""
+    """What args.json holds: the arguments, and what eval.py copies into its results."""
     method = "STA-PPO" if weight or args.stage_advantage else "PPO"
     if args.reward == "dense":
         method = "PPO-dense"
@@ -686,8 +716,8 @@ def loss_scalars(metrics: Metrics) -> dict[str, float]:
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     """Share of the returns' variance that the critic explains. Both (B,)."""
     # Without the clamp a critic and returns that are all zero would give 0 / 0.
-    left = (returns - values).var().clamp(min=1e-8)
-    return 1 - (left / returns.var().clamp(min=1e-8)).item()
+    unexplained = (returns - values).var().clamp(min=1e-8)
+    return 1 - (unexplained / returns.var().clamp(min=1e-8)).item()
 
 
 def print_update(global_step: int, scalars: dict[str, float]) -> None:
@@ -721,27 +751,28 @@ def log_evaluation(args: Args, run: Run, model, processor, global_step: int) -> 
 
 
 def main(args: Args) -> None:  # noqa: C901, PLR0915
-    # ---- set-up: check. Nothing is made before all input is known to be good ----
-    rank, world, device = parallel.join(args.cuda)
-    task = check_args(args, world)
+    # ---- set-up: check the arguments ----
+    rank, world_size, device = parallel.join(args.cuda)
+    task = check_args(args, world_size)
     weight, reward_scale = reward_weights(args, task)
     run = Run("sta_ppo", args.output_dir, args.resume, rank)
     source, origin = find_start(args, run)
 
-    # ---- set-up: load ----
+    # ---- set-up: load the policy ----
     model, processor, folder = load_start(args, run, source, origin, device)
     stats = task_stats(model, args.env_id, args.unnorm_key)
     active = ~vla.constant_dims(stats["action"])
     codec = vla.Codec(processor, task.instruction, stats, model.config.n_action_bins, device)
+    # New weights are drawn from here on.
     set_seed(args.seed)
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
     stage_of = load_stages(args, task, folder, codec, device)
     reference = load_reference(args, model, source, origin, device)
     check_world(args.env_id, backend=args.backend, reward=args.reward)
 
-    # ---- set-up: build ----
-    begun_at = run.state["iteration"] if run.state else 0
-    run.open(asdict(args), args.output_dir, begun_at * args.batch_size)
+    # ---- set-up: build. A folder is made only now, when all input is known to be good ----
+    first_iteration = run.state["iteration"] if run.state else 0
+    run.open(asdict(args), args.output_dir, first_iteration * args.batch_size)
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
     optimizer = build_optimizer(args, params, value_head)
     statistics = EpisodeStatistics(task.stage_table, args.num_envs, args.gamma)
@@ -752,13 +783,16 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     N = args.num_envs
     buf = Buffers(T, N, len(active), processor.image_size, device)
     progress = Progress(
-        total=args.num_iterations, initial=begun_at, desc="sta_ppo", unit="update", disable=rank > 0
+        total=args.num_iterations,
+        initial=first_iteration,
+        desc="sta_ppo",
+        unit="update",
+        disable=rank > 0,
     )
-    iteration = begun_at
+    iteration = first_iteration
     while Stop.hold(iteration < args.num_iterations):
-        # The update's number and the process decide all random numbers, so that a run resumed where
-        # episodes begin goes on as if it had never stopped.
-        torch.manual_seed((args.seed * 1_000_003 + iteration) * world + rank)
+        # Seed, update and process decide all random numbers, so a resumed run draws the same ones.
+        torch.manual_seed((args.seed * 1_000_003 + iteration) * world_size + rank)
         set_learning_rates(args, optimizer, iteration)
 
         # ---- roll-out: half of the envs simulate while the policy acts for the other half ----
@@ -766,25 +800,24 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         # The env processes are the parallelism, so torch gets one thread.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        buf.roll_over()
+        buf.carry_last_state()
         begins_round = iteration % args.round_length == 0
-        if begins_round or iteration == begun_at:
-            episode = args.seed * 1_000_003 + (iteration * world + rank) * N
-            reset_info = buf.reset(envs, episode % (TRAIN_SEEDS - N), stage_of)
-            # Episodes of a round that a resumed run begins in the middle do not count.
+        if begins_round or iteration == first_iteration:
+            first_seed = args.seed * 1_000_003 + (iteration * world_size + rank) * N
+            reset_info = buf.reset(envs, first_seed % (TRAIN_SEEDS - N), stage_of)
             statistics.begin_round(args.episodes_per_round if begins_round else 0)
             statistics.observe(slice(0, N), reset_info)
+        # Each pass of the loop first receives the result of step t - 1, then acts for step t.
         for t in range(T + 1):
             for half in envs.halves:
                 if t > 0:
-                    # What the actions of step t - 1 led to. Where an episode has ended, these
-                    # observations and infos are already those of the next episode.
+                    # Where an episode has ended, obs and info are already the next episode's.
                     step_obs, env_reward, term, trunc, info = envs.receive(half)
-                    buf.put_obs(t, half, step_obs)
+                    stage, phi = stage_of(step_obs, info)
+                    buf.put_state(t, half, step_obs, stage, phi)
                     buf.terminated[t - 1, half] = term.to(device)
                     buf.done[t - 1, half] = (term | trunc).to(device)
-                    buf.stages[t, half], buf.potentials[t, half] = stage_of(step_obs, info)
-                    next_phi = buf.potentials[t, half].clone()
+                    next_phi = phi.clone()
                     ended = info["_final_info"].cpu()
                     if ended.any():
                         # The true next state of an ended episode is its final observation.
@@ -794,8 +827,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                         inputs = codec.inputs({name: x[ended] for name, x in final_obs.items()})
                         value = value_of(model, value_head, inputs)
                         buf.final_values[t - 1, half][ended] = value
-                    # STARE: the stage reward enters here. Weight 0 leaves the env's own reward.
                     reward = reward_scale * env_reward.to(device)
+                    # STARE: the stage reward enters here. With weight 0 the env's reward stays.
                     if weight:
                         reward = shape_rewards(
                             reward,
@@ -805,8 +838,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                             args.gamma,
                             weight,
                         )
-                    # One number per env: a slice would take a single one for all of them.
-                    assert reward.shape == next_phi.shape == buf.rewards[t - 1, half].shape
+                    # Otherwise a single number would be copied to all envs.
+                    assert reward.shape == term.shape == trunc.shape == phi.shape
                     buf.rewards[t - 1, half] = reward
                     statistics.step(half, env_reward, reward, info)
                     statistics.observe(half, info)
@@ -815,16 +848,17 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     inputs = codec.inputs(buf.obs_at(t, half))
                     buf.bins[t, half], logprob, hidden = sample_action(model, inputs, active)
                     value = value_head(hidden).detach()
-                    # One number per env: a slice would take a single one for all of them.
-                    assert logprob.shape == value.shape == buf.potentials[t, half].shape
+                    # Otherwise a single number would be copied to all envs.
+                    assert logprob.shape == value.shape == buf.values[t, half].shape
                     buf.logprobs[t, half] = logprob
                     buf.values[t, half] = value
                     envs.send(half, codec.actions(buf.bins[t, half]))
 
-        # ---- advantages: a truncation has a future, a termination has none ----
+        # ---- advantages: V is bootstrapped after a truncation, not after a termination ----
         inputs = codec.inputs(buf.obs_at(T, slice(None)))
         buf.values[T] = value_of(model, value_head, inputs)
-        # V of the true next state: the next row's, or at an episode's end its final observation's.
+        # V of the true next state: the next row's (at the roll-out's end row T), or at an
+        # episode's end that of its final observation.
         next_values = torch.where(buf.done, buf.final_values, buf.values[1:])
         advantages, returns = compute_gae(
             buf.rewards,
@@ -836,10 +870,10 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             args.gae_lambda,
         )
         torch.set_num_threads(threads)
-        # Advantages are normalised over the buffers of all processes of a job.
-        own = torch.stack([advantages, returns, buf.values[:T], buf.stages[:T].float()])
+        # Advantages are normalised over all processes: (4, T, N) -> (4, world_size * T * N).
+        own_rows = torch.stack([advantages, returns, buf.values[:T], buf.stages[:T].float()])
         all_advantages, all_returns, all_values, all_stages = parallel.concatenate(
-            own.flatten(1), rank, world
+            own_rows.flatten(1), rank, world_size
         )
         # STARE: --stage-advantage normalises within the stage in which the policy acted.
         normalized = normalize(all_advantages, all_stages if args.stage_advantage else None)
@@ -856,13 +890,14 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             b_ref_logprobs = reference_logprobs(args, reference, codec, b_obs, b_bins, active)
         metrics = Metrics()
         largest_logratio = torch.zeros((), device=device)
-        # Gradient checkpointing works in training mode alone. The modes differ in nothing else.
+        # Gradient checkpointing needs training mode, which changes nothing else: no dropout.
         model.train(args.gradient_checkpointing)
         for _ in range(args.update_epochs):
-            for mb_inds in torch.randperm(B).split(args.minibatch_size // world):
+            for mb_inds in torch.randperm(B).split(args.minibatch_size // world_size):
                 optimizer.zero_grad()
                 for chunk in mb_inds.split(args.chunk_size):
                     inputs = codec.inputs({name: value[chunk] for name, value in b_obs.items()})
+                    # Observations are on the CPU, all other buffers on the device.
                     chunk = chunk.to(device)
                     newlogprob, entropy, hidden, _ = action_logprob(
                         model, inputs, b_bins[chunk], active
@@ -881,8 +916,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     if reference is not None:
                         ref_loss = kl_loss(newlogprob, b_ref_logprobs[chunk])
                     loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * ref_loss
-                    # The gradients of all chunks and processes add up to the minibatch's.
-                    share = len(chunk) / len(mb_inds) / world
+                    # The gradients of all chunks and processes add up to that of the mean.
+                    share = len(chunk) / len(mb_inds) / world_size
                     (share * loss).backward()
 
                     metrics.add(
@@ -894,20 +929,21 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                         **ratio_metrics(logratio.detach(), args.clip_coef),
                     )
                     if not metrics.minibatches:
-                        # Nothing has been learned since the roll-out: only rounding differs.
+                        # The policy is still that of the roll-out: only rounding differs.
                         largest_logratio = logratio.detach().abs().max().maximum(largest_logratio)
                 trained = [*params, *value_head.parameters()]
                 parallel.sum_over_processes([p.grad for p in trained])
                 grad_norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-                metrics.add(1 / world, grad_norm=grad_norm)
+                metrics.add(1 / world_size, grad_norm=grad_norm)
                 metrics.end_minibatch()
                 optimizer.step()
             if args.target_kl is not None and metrics.last("approx_kl") > args.target_kl:
                 break
         model.eval()
+        # From here on `iteration` is the number of updates done.
         iteration += 1
         if iteration == args.critic_warmup:
-            forget_momentum(optimizer)
+            reset_momentum(optimizer)
 
         # ---- log: means over the update's minibatches ----
         global_step = iteration * args.batch_size
@@ -916,8 +952,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         batch = {**b_obs, "bins": b_bins, "logprobs": b_logprobs, "advantages": b_advantages}
         refuse_nan(losses, run.folder, {**batch, "returns": b_returns})
         if iteration % args.round_length == 0:
-            # Whole rounds alone: the first episodes to end are the quick ones, the successes.
-            round_size = world * N * args.episodes_per_round
+            # Only whole rounds count, because the first episodes to end are mostly successes.
+            round_size = world_size * N * args.episodes_per_round
             statistics.end_round(parallel.gather(statistics.rows), round_size)
         now = time.time()
         scalars = {
@@ -934,8 +970,9 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             **statistics.means(),
         }
         run.log(scalars, global_step)
-        if iteration % args.round_length == 0 and iteration - begun_at >= args.round_length:
+        if iteration % args.round_length == 0 and iteration - first_iteration >= args.round_length:
             first_scalars = first_scalars or scalars
+        # the gap in nats that rounding alone may make
         rounding = 0.5 if model.dtype == torch.bfloat16 else 0.05
         run.warn(ppo_symptoms(first_scalars or scalars, scalars, weight, rounding))
         print_update(global_step, scalars)
@@ -943,7 +980,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
 
         # ---- save and evaluate ----
         saves = iteration % args.save_freq == 0 or iteration == args.num_iterations
-        # All processes ask, because all of them leave when one was asked to.
+        # Stop.asked() stands first, because all processes of a job must call it.
         if (Stop.asked() or saves) and rank == 0:
             state = {
                 "script": "sta_ppo",
@@ -967,6 +1004,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         evaluates = args.eval_freq and iteration % args.eval_freq == 0
         if evaluates and iteration < args.num_iterations and not Stop.leaving:
             log_evaluation(args, run, model, processor, global_step)
+    # A run that a signal has stopped does not come here.
     progress.close()
     envs.close()
     if rank == 0:

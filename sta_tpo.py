@@ -1,4 +1,6 @@
-"""STA-TPO, step 2 of IPI: stage-wise preferences between roll-outs from the same initial state.
+"""STA-TPO: stage-wise preferences between roll-outs from the same initial state.
+
+It is step 2 of IPI: sft.py (imitation), sta_tpo.py (preference), sta_ppo.py (interaction).
 
     python sta_tpo.py --env-id PickCube-v1
         starts from the newest sft.py run of this task, else from the shipped checkpoint
@@ -18,9 +20,9 @@ k. Where both did, the winner is the one whose cost is lower by a margin.
 The reference is the checkpoint itself, as cached fp32 log-probabilities.
 docs/sta_tpo.md has the equations, the choices, and what differs from GRAPE.
 
-Lines marked STARE are what the paper adds to TPO.
-Letters: R roll-outs, T steps, K stages, P pairs, S steps of all pairs in a batch, A action tokens,
-B chunk of steps, N envs, D hidden width.
+Comments that begin with STARE show where stages enter TPO.
+Letters: T steps, K stages, P pairs, S steps of all pairs in a batch, B steps in a chunk, A action
+tokens, N envs, D hidden width.
 """
 
 import json
@@ -141,13 +143,13 @@ class Args:
     learning_rate: float = 5e-5
     """AdamW, constant"""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """the gradient's norm is clipped to this, over all parameters together"""
     num_epochs: int = 1
     """passes over the pairs"""
     batch_size: int = 64
     """pairs per optimiser step, of each process"""
     chunk_size: int = 128
-    """steps or frames per forward and backward pass: bounds memory, changes no result"""
+    """samples per forward and backward pass of an update: bounds its memory, changes no result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations again in the backward pass: less memory, a third more work"""
 
@@ -163,15 +165,16 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     """One action, decoded token by token over the action bins alone, with a key-value cache.
 
     inputs: what the processor returns for B observations. active: (A,) bool, false where the
-    action never varies: that bin is fixed and counts in no log-probability.
+    action never varies: its bin is n_bins // 2 and is left out of the log-probability.
     Returns bins (B, A) long, logprob (B,) fp32 (the sum over active tokens), and hidden (B, D),
     the last layer's output at the token before the first action token.
     """
+    # Bin b is token id end - 1 - b.
     end = model.config.action_id_end
     n_bins = model.config.n_action_bins
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
-    # The model has inserted its image and proprioception tokens behind <s>.
+    # The model has inserted its image and proprioception tokens after <s>.
     mask = inputs["attention_mask"]
     inserted = mask.new_ones(len(mask), model.num_prefix())
     mask = torch.cat([mask[:, :1], inserted, mask[:, 1:]], 1)
@@ -186,7 +189,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
             cache = out.past_key_values
             out = model(tokens, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+        # The flip puts bin 0 first.
         logits = out.logits[:, -1, end - n_bins : end].flip(-1)
         logp = logits.float().log_softmax(-1)  # (B, n_bins)
         if greedy:
@@ -198,31 +201,35 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
 
 
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
-    """Log-probability of given actions in one teacher-forced pass.
+    """Log-probability of given actions, in one pass that is given all of their tokens.
 
-    It is the same function of the weights as `sample_action`. inputs: what the processor returns.
-    bins: (B, A) long. active: (A,) or (B, A) bool. Returns logprob (B,) fp32 (the sum over active
-    tokens), entropy (B,) likewise, hidden (B, D) at the token before the first action token, and
-    greedy (B, A), the most likely bins.
+    It is the same function of the weights as that of `sample_action`.
+    inputs: what the processor returns. bins: (B, A) long. active: (A,) or (B, A) bool.
+    Returns logprob (B,) fp32 and entropy (B,), both sums over the active tokens, hidden (B, D) at
+    the token before the first action token, and the likeliest bins (B, A).
     """
+    # Bin b is token id end - 1 - b.
     end = model.config.action_id_end
     n_bins = model.config.n_action_bins
     A = bins.shape[1]
-    # The last action token is fed to no one: nothing comes after it.
+    # The last action token is not an input, because nothing comes after it.
     tokens = end - 1 - bins[:, :-1]
     ids = torch.cat([inputs["input_ids"], tokens], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
     inputs = {**inputs, "input_ids": ids, "attention_mask": mask}
     out = model(**inputs, logits_to_keep=A)
-    # Bin b is token id end - 1 - b, so the flip puts bin 0 first.
+    # The flip puts bin 0 first.
     logits = out.logits[..., end - n_bins : end].flip(-1)
     logp = logits.float().log_softmax(-1)  # (B, A, n_bins)
+    assert active.shape[-1] == A, "one flag per action token"
     active = active.to(bins.device)
     chosen_logp = logp.gather(-1, bins[..., None])[..., 0]  # (B, A)
     logprob = (chosen_logp * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
     assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action"
-    return logprob, entropy, out.last_hidden_state[:, 0], logp.argmax(-1)
+    # logits_to_keep=A keeps the last A positions: the first of them predicts the first token.
+    hidden = out.last_hidden_state[:, 0]
+    return logprob, entropy, hidden, logp.argmax(-1)
 
 
 def sta_tpo_loss(
@@ -263,23 +270,23 @@ def collect_rollouts(
     image_size: int,
     args: Args,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
 ) -> list[Path]:
     """Samples `rollouts_per_state` episodes from each initial state. Returns the files of all.
 
     Each roll-out is an .npz of its own, so that a stopped run goes on where it was. An env takes
-    the next roll-out as soon as it is free. A process of a job takes every world-th one.
+    the next roll-out as soon as it is free. A process of a job takes every world_size-th one.
     """
     folder.mkdir(exist_ok=True)
     jobs = rollout_jobs(args)
     files = [folder / f"{seed}_{number}.npz" for seed, number in jobs]
-    mine = range(rank, len(jobs), world)
+    mine = range(rank, len(jobs), world_size)
     todo = [jobs[i] for i in mine if not files[i].exists()]
     if not todo:
         return files
     num_done = len(mine) - len(todo)
     # A stopped collection must not sample again what it has sampled.
-    torch.manual_seed((args.seed * 1_000_003 + num_done) * world + rank)
+    torch.manual_seed((args.seed * 1_000_003 + num_done) * world_size + rank)
     # The env processes are the parallelism, so torch gets one thread.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -602,14 +609,14 @@ class PairSteps:
 
     @torch.no_grad()
     def shared_logprobs(
-        self, steps: torch.Tensor, chunk_size: int, rank: int, world: int, quiet: bool = True
+        self, steps: torch.Tensor, chunk_size: int, rank: int, world_size: int, quiet: bool = True
     ) -> torch.Tensor:
         """The same without a graph, (S,) on the CPU. Each process computes its share."""
         # The others' steps stay zero here, so the sum over processes fills them in.
         out = torch.zeros(len(steps), device=self.codec.device)
-        chunks = steps[rank::world].split(chunk_size)
+        chunks = steps[rank::world_size].split(chunk_size)
         bar = Progress(chunks, desc="reference", unit="chunk", disable=quiet or rank > 0)
-        out[rank::world] = torch.cat([self.logprobs(chunk) for chunk in bar])
+        out[rank::world_size] = torch.cat([self.logprobs(chunk) for chunk in bar])
         parallel.sum_over_processes([out])
         return out.cpu()
 
@@ -727,8 +734,8 @@ def log_evaluation(args: Args, run: Run, model, processor, step: int) -> None:
 
 
 def main(args: Args) -> None:  # noqa: C901, PLR0915
-    # ---- set-up: check. Nothing is made before all input is known to be good ----
-    rank, world, device = parallel.join(args.cuda)
+    # ---- set-up: check the arguments ----
+    rank, world_size, device = parallel.join(args.cuda)
     task = check_args(args)
     run = Run("sta_tpo", args.output_dir, args.resume, rank)
     source, origin = find_start(args, run)
@@ -741,7 +748,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     codec = vla.Codec(processor, task.instruction, stats, model.config.n_action_bins, device)
     check_world(args.env_id)
 
-    # ---- set-up: build ----
+    # ---- set-up: build. A folder is made only now, when all input is known to be good ----
     step = run.state["step"] if run.state else 0
     run.open(asdict(args), args.output_dir, step)
     if rank == 0:
@@ -754,7 +761,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     start_rollout = time.time()
     folder = run.folder / "rollouts"
     size = processor.image_size
-    files = collect_rollouts(folder, model, codec, active, size, args, rank, world)
+    files = collect_rollouts(folder, model, codec, active, size, args, rank, world_size)
     # The other processes write their share.
     parallel.barrier()
     rollouts = read_rollouts(files)
@@ -779,7 +786,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             "--rollouts-per-state, or start from a better policy"
         )
     # All processes' pairs per optimiser step
-    batch_size = world * args.batch_size
+    batch_size = world_size * args.batch_size
     digest = zlib.crc32(json.dumps([pairs, batch_size]).encode())
     if run.state and run.state["pairs"] != digest:
         raise UserError(
@@ -815,13 +822,13 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     # The dtype may change here, so this comes before the reference's log-probabilities.
     params = vla.prepare_training(model, args.lora_rank, args.gradient_checkpointing)
     every_step = torch.arange(data.num_steps)
-    ref_logprobs = data.shared_logprobs(every_step, args.chunk_size, rank, world, quiet=False)
+    ref_logprobs = data.shared_logprobs(every_step, args.chunk_size, rank, world_size, quiet=False)
     optimizer = torch.optim.AdamW(
         params, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     if run.state:
         resume(args, run, model, optimizer)
-    # Gradient checkpointing works in training mode alone. The modes differ in nothing else.
+    # Gradient checkpointing needs training mode, which changes nothing else: no dropout.
     model.train(args.gradient_checkpointing)
 
     updates_per_epoch = math.ceil(len(pairs) / batch_size)
@@ -846,7 +853,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         # A step that several pairs share is computed once.
         mb_steps, place = torch.cat(chosen + rejected).unique(return_inverse=True)
         # Each process computes as many steps. Those that are added weigh nothing.
-        padding = mb_steps[:1].expand(-len(mb_steps) % world)
+        padding = mb_steps[:1].expand(-len(mb_steps) % world_size)
         mb_steps = torch.cat([mb_steps, padding])
         lengths = torch.tensor([len(segment) for segment in chosen + rejected])
         # of each step in the 2P segments: the segment that it belongs to
@@ -857,7 +864,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             share = 1 / lengths.double()[owner]
 
         # ---- pass 1, no graph: q of every segment, and the loss's derivative by it ----
-        new_logprobs = data.shared_logprobs(mb_steps, args.chunk_size, rank, world)
+        new_logprobs = data.shared_logprobs(mb_steps, args.chunk_size, rank, world_size)
         logratio = (new_logprobs - ref_logprobs[mb_steps]).double()  # (S,)
         q = torch.zeros(2 * P, dtype=torch.double)
         q = q.index_add(0, owner, share * logratio[place]).requires_grad_()
@@ -883,8 +890,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         weight = torch.zeros(len(mb_steps), dtype=torch.double)
         weight = weight.index_add(0, place, share * q.grad[owner]).float().to(device)
         optimizer.zero_grad()
-        own_steps = mb_steps[rank::world].split(args.chunk_size)
-        own_weights = weight[rank::world].split(args.chunk_size)
+        own_steps = mb_steps[rank::world_size].split(args.chunk_size)
+        own_weights = weight[rank::world_size].split(args.chunk_size)
         for steps, weights in zip(own_steps, own_weights, strict=True):
             (weights * data.logprobs(steps)).sum().backward()
         parallel.sum_over_processes([p.grad for p in params])
@@ -927,7 +934,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
 
         # ---- save ----
         saves = step % args.save_freq == 0 or step == num_updates
-        # All processes ask, because all of them leave when one was asked to.
+        # Stop.asked() stands first, because all processes of a job must call it.
         if (Stop.asked() or saves) and rank == 0:
             settings = {
                 **asdict(args),

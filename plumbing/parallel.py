@@ -18,10 +18,10 @@ def join(cuda: bool) -> tuple[int, int, torch.device]:
     device. Only rank 0 prints and writes.
     """
     rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = cuda and torch.cuda.is_available()
-    if world > 1 and not dist.is_initialized():
+    if world_size > 1 and not dist.is_initialized():
         # The others wait for rank 0 while it makes demonstrations or evaluates, perhaps for hours.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
         if rank > 0:
@@ -29,8 +29,8 @@ def join(cuda: bool) -> tuple[int, int, torch.device]:
         if cuda:
             torch.cuda.set_device(local_rank)
     if cuda:
-        return rank, world, torch.device("cuda", local_rank)
-    return rank, world, torch.device("cpu")
+        return rank, world_size, torch.device("cuda", local_rank)
+    return rank, world_size, torch.device("cpu")
 
 
 def barrier() -> None:
@@ -72,10 +72,10 @@ def from_rank_0(value: object) -> object:
     return box[0]
 
 
-def concatenate(x: torch.Tensor, rank: int, world: int) -> torch.Tensor:
-    """The tensors (R, B) of all processes, one behind the other: (R, world * B)."""
+def concatenate(x: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+    """The tensors (R, B) of all processes, one behind the other: (R, world_size * B)."""
     B = x.shape[1]
-    everyone = x.new_zeros(len(x), world * B)
+    everyone = x.new_zeros(len(x), world_size * B)
     everyone[:, rank * B : (rank + 1) * B] = x
     sum_over_processes([everyone])
     return everyone

@@ -1,5 +1,6 @@
-"""The real simulator: what make_envs promises, the scripted expert, evaluation."""
-import functools
+"""The real simulator: what make_envs promises, the scripted expert, demonstrations, evaluation."""
+
+import dataclasses
 import json
 import multiprocessing.spawn as spawn
 import os
@@ -19,24 +20,45 @@ from conftest import ROOT, STATS, TASK, needs_assets, tiny_model, write_demos
 from mani_skill.envs.utils.system.backend import parse_sim_and_render_backend
 
 import eval as evaluation
-import sft
-import stare_utils
 import vla
-from stare_utils import ScriptedExpert, make_envs
+import world.demos
+import world.envs
+import world.vector
+from plumbing.report import mean_rows, paired_difference, result_table, wilson
+from world.assets import STOCK_SHADERS, light_assets
+from world.demos import read_demos
+from world.envs import StageEnv
+from world.tasks import ALIASES, EVAL_SEED, TRAIN_SEEDS
+from world.vector import ProcessEnv, ScriptedExpert, StageVectorEnv, make_envs
 
 K = len(TASK.stages)
-INFOS = {"stage": torch.long, "furthest_stage": torch.long, "potential": torch.float32, "stage_distance": torch.float32, "success": torch.bool,
-         "seed": torch.long, "elapsed_steps": torch.long}  # fmt: skip
-HOLD = torch.tensor([[0.0, 0, 0, 0, 0, 0, 1]] * 2)  # stay, gripper open
+INFOS = {
+    "stage": torch.long,
+    "furthest_stage": torch.long,
+    "potential": torch.float32,
+    "stage_distance": torch.float32,
+    "success": torch.bool,
+    "seed": torch.long,
+    "elapsed_steps": torch.long,
+}
+# Both arms stay where they are, with open grippers.
+HOLD = torch.tensor([[0.0, 0, 0, 0, 0, 0, 1]] * 2)
+UP = torch.tensor([0.0, 0, 1, 0, 0, 0, 0])
+# The expert of a single env plays the present stage.
+RIGHT = torch.zeros(1, dtype=torch.long)
 
 
 def equal(a: dict, b: dict, row=slice(None), keys=None) -> bool:
+    """Whether two dicts of tensors are the same bit for bit in some rows."""
     return all(torch.equal(a[key][row], b[key][row]) for key in keys or a)
 
 
 def check_batch(obs, infos):
-    assert obs["rgb"].dtype == torch.uint8 and obs["rgb"].shape == (2, 128, 128, 3)
-    assert obs["proprio"].dtype == torch.float32 and obs["proprio"].shape == (2, 8)
+    """Observations and infos of two envs have the types and shapes that are promised."""
+    assert obs["rgb"].dtype == torch.uint8
+    assert obs["rgb"].shape == (2, 128, 128, 3)
+    assert obs["proprio"].dtype == torch.float32
+    assert obs["proprio"].shape == (2, 8)
     assert {name: infos[name].dtype for name in INFOS} == INFOS
     assert all(infos[name].shape == (2,) for name in INFOS)
 
@@ -50,215 +72,487 @@ def play(envs, seeds, steps):
     return seen
 
 
+# ---- episodes and steps ----
 def test_reset_and_step_return_the_contract(envs):
     check_batch(*envs.reset(seed=0))
     obs, reward, terminated, truncated, infos = envs.step(HOLD)
     check_batch(obs, infos)
-    assert reward.dtype == torch.float32 and terminated.dtype == truncated.dtype == infos["_final_info"].dtype == torch.bool
-    assert reward.shape == terminated.shape == truncated.shape == infos["_final_info"].shape == (2,)
-    assert infos["elapsed_steps"].tolist() == [1, 1] and not infos["_final_info"].any()
+    ended = infos["_final_info"]
+    assert reward.dtype == torch.float32
+    assert terminated.dtype == truncated.dtype == ended.dtype == torch.bool
+    assert reward.shape == terminated.shape == truncated.shape == ended.shape == (2,)
+    assert infos["elapsed_steps"].tolist() == [1, 1]
+    assert not ended.any()
 
 
 def test_reset_gives_env_i_the_seed_plus_i_and_takes_a_list_as_it_is(envs):
-    (obs, infos), (same_obs, same), (_, other) = envs.reset(seed=7), envs.reset(seed=[7, 8]), envs.reset(seed=[8, 8])
-    assert infos["seed"].tolist() == [7, 8] and other["seed"].tolist() == [8, 8]
-    assert equal(infos, same) and equal(obs, same_obs)
-    assert infos["potential"][0] != infos["potential"][1] and other["potential"][0] == other["potential"][1]
+    obs, infos = envs.reset(seed=7)
+    same_obs, same = envs.reset(seed=[7, 8])
+    _, other = envs.reset(seed=[8, 8])
+    assert infos["seed"].tolist() == [7, 8]
+    assert other["seed"].tolist() == [8, 8]
+    assert equal(infos, same)
+    assert equal(obs, same_obs)
+    assert infos["potential"][0] != infos["potential"][1]
+    assert other["potential"][0] == other["potential"][1]
 
 
 def test_a_seed_of_any_size_begins_episodes():
     env = make_envs("PickCube-v1", 1, 5_000_000_000, render=False)
-    assert env.reset()[1]["seed"].item() == 5_000_000_000 % (2**32 - 1)
+    _, infos = env.reset()
+    assert infos["seed"].item() == 5_000_000_000 % (2**32 - 1)
     env.close()
 
 
 def test_an_error_in_the_env_processes_ends_the_script():
-    lines = "import stare_utils; stare_utils.make_envs('PickCube-v1', 2, 0, render=False).reset(seed=2**33)"
-    run = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1 and "ValueError: Seed must be between" in run.stderr.splitlines()[-1]
+    lines = (
+        "from world.vector import make_envs; "
+        "make_envs('PickCube-v1', 2, 0, render=False).reset(seed=2**33)"
+    )
+    command = [sys.executable, "-c", lines]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "ValueError: Seed must be between" in run.stderr.splitlines()[-1]
 
 
 def test_an_episode_after_a_reset_depends_on_its_seed_alone(envs):
-    """Into contact with the cube, whatever was done before: without that, neither evaluation nor --resume would be exact."""
-    first, generator = play(envs, [3, 4], steps=15), torch.Generator().manual_seed(0)
+    """Up to the contact with the cube, whatever was done before.
+
+    Without this, neither evaluation nor --resume would be exact.
+    """
+    first = play(envs, [3, 4], steps=15)
+    generator = torch.Generator().manual_seed(0)
     for length in (20, 23, 26):
         envs.reset(seed=length)
         for _ in range(length):
             envs.step(2 * torch.rand(2, 7, generator=generator) - 1)
-        for t, ((obs, infos), (same_obs, same)) in enumerate(zip(first, play(envs, [3, 4], steps=15), strict=True)):
-            assert equal(obs, same_obs) and equal(infos, same, keys=INFOS), (length, t)
+        second = play(envs, [3, 4], steps=15)
+        for t, (before, after) in enumerate(zip(first, second, strict=True)):
+            assert equal(before[0], after[0]), (length, t)
+            assert equal(before[1], after[1], keys=INFOS), (length, t)
 
 
 def test_auto_reset_after_success_starts_a_clean_episode_in_that_env_alone(envs):
     obs, infos = envs.reset(seed=3)
-    step, terminated = 0, torch.zeros(1)
+    step = 0
+    terminated = torch.zeros(1)
+    # The expert plays in env 0. Env 1 stands still.
     while not terminated.any():
-        actions, step = torch.cat([ScriptedExpert(envs).act()[:1], HOLD[:1]]), step + 1
+        actions = torch.cat([ScriptedExpert(envs).act()[:1], HOLD[:1]])
+        step += 1
         obs, reward, terminated, truncated, infos = envs.step(actions)
-        assert terminated.any() or step < 30 and not infos["_final_info"].any() and (reward == 0).all()
-    assert terminated.tolist() == infos["_final_info"].tolist() == [True, False] and not truncated.any() and reward.tolist() == [1, 0]
-    final, seed = infos["final_info"], int(infos["seed"][0])
-    assert final["success"][0] and final["stage"][0] == final["furthest_stage"][0] == final["potential"][0] == K
-    assert final["seed"][0] == 3 and final["elapsed_steps"][0] == step and final["stage_distance"][0] == 0
-    assert infos["final_obs"]["rgb"].shape == (2, 128, 128, 3) and infos["final_obs"]["proprio"][0, -1] < 0.06  # the cube is still held
-    # the top level is the new episode's: nothing of the grasp is left
-    assert [int(infos[name][0]) for name in ("stage", "furthest_stage", "elapsed_steps", "success")] == [0, 0, 0, 0] and infos["potential"][0] < 1
-    assert infos["elapsed_steps"][1] == step and infos["seed"][1] == 4 and 0 <= seed < stare_utils.TRAIN_SEEDS and seed != 3
+        if not terminated.any():
+            assert step < 30
+            assert not infos["_final_info"].any()
+            assert (reward == 0).all()
+    assert terminated.tolist() == infos["_final_info"].tolist() == [True, False]
+    assert not truncated.any()
+    assert reward.tolist() == [1, 0]
+    final = infos["final_info"]
+    assert final["success"][0]
+    assert final["stage"][0] == final["furthest_stage"][0] == final["potential"][0] == K
+    assert final["seed"][0] == 3
+    assert final["elapsed_steps"][0] == step
+    assert final["stage_distance"][0] == 0
+    assert infos["final_obs"]["rgb"].shape == (2, 128, 128, 3)
+    # The cube is still held.
+    assert infos["final_obs"]["proprio"][0, -1] < 0.06
+    # The top level is the new episode's: nothing of the grasp is left.
+    for name in ("stage", "furthest_stage", "elapsed_steps", "success"):
+        assert int(infos[name][0]) == 0
+    assert infos["potential"][0] < 1
+    assert infos["elapsed_steps"][1] == step
+    assert infos["seed"][1] == 4
+    seed = int(infos["seed"][0])
+    assert 0 <= seed < TRAIN_SEEDS
+    assert seed != 3
     fresh_obs, fresh = envs.reset(seed=[seed, 0])
-    assert equal(infos, fresh, row=0, keys=INFOS) and equal(obs, fresh_obs, row=0)
-    after = envs.step(HOLD)
+    assert equal(infos, fresh, row=0, keys=INFOS)
+    assert equal(obs, fresh_obs, row=0)
+    after_obs, *_, after = envs.step(HOLD)
     envs.reset(seed=[seed, 0])
-    again = envs.step(HOLD)
-    assert equal(after[0], again[0]) and equal(after[-1], again[-1], keys=INFOS)
+    again_obs, *_, again = envs.step(HOLD)
+    assert equal(after_obs, again_obs)
+    assert equal(after, again, keys=INFOS)
 
 
 def test_truncation_at_the_horizon_keeps_the_last_state_in_final_obs(envs):
     envs.reset(seed=0)
     envs.set_next_seeds([100, 200])
     for step in range(30):
-        before = envs.step(HOLD)
-        assert before[3].all() == (step == 29)
-    obs, reward, terminated, truncated, infos = before
-    assert truncated.all() and not terminated.any() and infos["_final_info"].all() and (reward == 0).all()
+        obs, reward, terminated, truncated, infos = envs.step(HOLD)
+        assert truncated.all() == (step == 29)
+    assert truncated.all()
+    assert not terminated.any()
+    assert infos["_final_info"].all()
+    assert (reward == 0).all()
     final = infos["final_info"]
-    assert final["elapsed_steps"].tolist() == [30, 30] and final["seed"].tolist() == [0, 1] and not final["success"].any()
+    assert final["elapsed_steps"].tolist() == [30, 30]
+    assert final["seed"].tolist() == [0, 1]
+    assert not final["success"].any()
     check_batch(infos["final_obs"], final)
     check_batch(obs, infos)
-    assert infos["seed"].tolist() == [100, 200] and infos["elapsed_steps"].tolist() == [0, 0]
+    assert infos["seed"].tolist() == [100, 200]
+    assert infos["elapsed_steps"].tolist() == [0, 0]
     fresh_obs, fresh = envs.reset(seed=[100, 200])
-    assert equal(infos, fresh, keys=INFOS) and equal(obs, fresh_obs)
+    assert equal(infos, fresh, keys=INFOS)
+    assert equal(obs, fresh_obs)
     assert not torch.equal(infos["final_obs"]["rgb"], obs["rgb"])
+
+
+def test_success_in_the_reset_state_counts_nowhere(envs):
+    """`stage_reach_rate` must end in `success_once`.
+
+    PickCube draws its goal on the lying cube in about one episode of 150.
+    """
+    _, infos = envs.reset(seed=[1_073_741_855, 0])
+    assert infos["success"].tolist() == [True, False]
+    assert infos["stage"][0] == K
+    assert infos["furthest_stage"].tolist() == [0, 0]
+    # Success needs a robot at rest.
+    *_, infos = envs.step(HOLD + UP)
+    assert infos["success"].tolist() == [False, False]
+    assert (infos["furthest_stage"] < K).all()
+
+
+def check_half(half, sent, whole) -> None:
+    """What `receive` gave for a half is what `step` gave for all envs, in the rows of this half."""
+    obs, *numbers, infos = sent
+    all_obs, *all_numbers, all_infos = whole
+    for of_half, of_all in zip(numbers, all_numbers, strict=True):
+        assert torch.equal(of_all[half], of_half)
+    assert all(torch.equal(all_obs[name][half], obs[name]) for name in all_obs)
+    for name in ("stage", "potential", "seed", "_final_info"):
+        assert torch.equal(all_infos[name][half], infos[name])
+    if infos["_final_info"].all():
+        stage = infos["final_info"]["stage"]
+        assert torch.equal(all_infos["final_info"]["stage"][half], stage)
+        rgb = infos["final_obs"]["rgb"]
+        assert torch.equal(all_infos["final_obs"]["rgb"][half], rgb)
+
+
+def test_halves_that_take_turns_take_the_same_steps(envs):
+    """To the end of the episode. The second half begins while the first one is at work."""
+    generator = torch.Generator().manual_seed(0)
+    actions = 0.5 * torch.randn(30, 2, 7, generator=generator)
+    assert envs.halves == [slice(0, 1), slice(1, 2)]
+    envs.reset(seed=[5, 6])
+    received = []
+    for t in range(31):
+        for half in envs.halves:
+            if t > 0:
+                received.append(envs.receive(half))
+            if t < 30:
+                envs.send(half, actions[t, half])
+    envs.reset(seed=[5, 6])
+    for t in range(30):
+        whole = envs.step(actions[t])
+        for half, sent in zip(envs.halves, received[2 * t : 2 * t + 2], strict=True):
+            check_half(half, sent, whole)
+            # All episodes end at the horizon.
+            assert sent[-1]["_final_info"].all() == (t == 29)
+
+
+def test_a_single_env_has_one_half_whose_step_is_the_whole_step():
+    """The envs of GPU simulation are of this class too, and all of them move at once."""
+    env = StageEnv("PickCube-v1", 1, "cpu", 0, render=False)
+    (half,) = env.halves
+    assert half == slice(0, 1)
+    env.reset([5])
+    env.send(half, HOLD[:1])
+    obs, reward, terminated, truncated, infos = env.receive(half)
+    env.reset([5])
+    same_obs, *numbers, same = env.step(HOLD[:1])
+    assert equal(obs, same_obs)
+    assert equal(infos, same, keys=INFOS)
+    assert all(map(torch.equal, (reward, terminated, truncated), numbers))
+    env.close()
+
+
+def test_the_policy_sees_the_tool_s_pose_and_the_goal_and_the_next_seed_is_another(envs):
+    env = StageEnv("PickCube-v1", 1, "cpu", 0, render=False)
+    obs, _ = env.reset([3])
+    # The next seed is not the neighbour's.
+    assert abs(env.next_seed[0] - 3) > 1000
+    opening = env.state["opening"][:, None]
+    expected = torch.cat([env.state["tool"], env.state["quaternion"], opening], -1)
+    assert torch.equal(obs["proprio"], expected)
+    assert torch.allclose(obs["proprio"][:, :3], env.base.agent.tcp.pose.p)
+    env.close()
+    obs, _ = envs.reset(seed=[3, 4])
+    red, green, blue = obs["rgb"].int().unbind(-1)
+    goal = (green > red + 60) & (green > blue + 60)
+    assert (goal.sum((1, 2)) > 10).all()
+
+
+def test_a_reset_of_one_env_of_a_batch_leaves_the_others_alone():
+    """As GPU simulation does it, with a simulator that says the same of all three."""
+    env = StageEnv("PickCube-v1", 1, "cpu", 0, render=False)
+    env.reset([3])
+    env.close()
+    state = {name: x.expand(3, *x.shape[1:]).clone() for name, x in env.state.items()}
+    held = {"grasped": torch.ones(3, dtype=torch.bool), "object": torch.ones(3, 3)}
+    no_success = {"success": torch.zeros(3, dtype=torch.bool)}
+    env.num_envs = 3
+    env.env = types.SimpleNamespace(reset=lambda seed, options: ({}, {}))
+    env.base = types.SimpleNamespace(
+        device=torch.device("cpu"),
+        evaluate=lambda: no_success,
+        elapsed_steps=torch.zeros(3),
+        _hidden_objects=[],
+    )
+    env.task = dataclasses.replace(env.task, observe=lambda base: {**state, **held})
+    env.observation = lambda obs: obs
+    env.seeds = torch.tensor([7, 8, 9])
+    env.furthest = torch.full((3,), 2)
+    env.object_start = torch.zeros(3, 3)
+    env.next_seed = [70, 80, 90]
+    _, infos = env.reset(env_idx=torch.tensor([1]))
+    assert infos["seed"].tolist() == [7, 80, 9]
+    assert env.furthest.tolist() == [2, 0, 2]
+    assert env.state["grasped"].tolist() == [True, False, True]
+    assert env.object_start[:, 0].tolist() == [0, 1, 0]
+    assert env.next_seed[::2] == [70, 90]
+    assert env.next_seed[1] != 80
 
 
 def test_expert_slips_only_where_told(envs):
     envs.reset(seed=[5, 6])
     expert = ScriptedExpert(envs)
-    right, slipped, whole_turn = expert.act(), expert.act(torch.tensor([1, 0])), expert.act(torch.full((2,), K))
-    assert right[:, -1].tolist() == [1, 1] and slipped[:, -1].tolist() == [-1, 1]  # it closes in the air
-    assert torch.equal(slipped[1], right[1]) and torch.equal(whole_turn, right)
+    right = expert.act()
+    slipped = expert.act(torch.tensor([1, 0]))
+    whole_turn = expert.act(torch.full((2,), K))
+    assert right[:, -1].tolist() == [1, 1]
+    # The gripper closes in the air.
+    assert slipped[:, -1].tolist() == [-1, 1]
+    assert torch.equal(slipped[1], right[1])
+    assert torch.equal(whole_turn, right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reward": "dense"},
+        {"stock_camera": True},
+        {"full_meshes": True},
+        {"potential": "linear", "potential_across_stages": "bare"},
+    ],
+)
+def test_every_option_of_the_simulator_keeps_the_contract(options):
+    envs = make_envs("PickCube-v1", 2, seed=0, **options)
+    check_batch(*envs.reset(seed=0))
+    for _ in range(3):
+        obs, reward, terminated, _, infos = envs.step(ScriptedExpert(envs).act())
+        check_batch(obs, infos)
+        # Nothing is grasped in three steps.
+        assert (infos["potential"] <= 1).all()
+        assert (reward > 0).all() == (options.get("reward") == "dense")
+        assert (reward < 1).all()
+        assert not terminated.any()
+    envs.close()
+
+
+# ---- what a software renderer is spared ----
+def parts_of(urdf: Path) -> dict[str, list[bytes]]:
+    """What the physics reads of a robot's file."""
+    root = ElementTree.parse(urdf).getroot()
+    tags = ("joint", "collision", "inertial")
+    return {tag: [ElementTree.tostring(node) for node in root.iter(tag)] for tag in tags}
+
+
+def size_of_meshes(urdf: Path) -> int:
+    """Bytes of the visual meshes beside a robot's file."""
+    folder = urdf.parent / "franka_description/meshes/visual"
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def test_light_meshes_leave_joints_and_collisions_alone():
     import mani_skill
 
-    full, light = Path(mani_skill.PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf", stare_utils.light_assets() / "panda_v2.urdf"
-
-    def parts(urdf):
-        root = ElementTree.parse(urdf).getroot()
-        return {tag: [ElementTree.tostring(node) for node in root.iter(tag)] for tag in ("joint", "collision", "inertial")}
-
-    assert parts(full) == parts(light) and all(parts(full).values())
+    full = Path(mani_skill.PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
+    light = light_assets() / "panda_v2.urdf"
+    assert parts_of(full) == parts_of(light)
+    assert all(parts_of(full).values())
     for mesh in ElementTree.parse(full).getroot().findall(".//collision//mesh"):
-        assert (full.parent / mesh.get("filename")).read_bytes() == (light.parent / mesh.get("filename")).read_bytes()
-    visual = "franka_description/meshes/visual"
-    size = {urdf: sum(file.stat().st_size for file in (urdf.parent / visual).iterdir()) for urdf in (full, light)}
-    assert size[light] < 0.5 * size[full]
+        name = mesh.get("filename")
+        assert (full.parent / name).read_bytes() == (light.parent / name).read_bytes()
+    assert size_of_meshes(light) < 0.5 * size_of_meshes(full)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["PickCube-v1", needs_assets("PutEggplantInBasketScene-v1")])
 def test_light_shaders_draw_the_same_pixels(env_id, monkeypatch):
-    assert "samplerBRDFLUT" not in (stare_utils.light_assets() / "shaders/minimal/gbuffer.frag").read_text()
+    shader = light_assets() / "shaders/minimal/gbuffer.frag"
+    assert "samplerBRDFLUT" not in shader.read_text()
     frames = []
     for light in (True, False):
-        env = stare_utils.StageEnv(env_id, 1, "cpu", 0)
-        if not light:  # the camera was made with our shaders: again with SAPIEN's
-            monkeypatch.setattr(sapien.render, "set_camera_shader_dir", stare_utils.STOCK_SHADERS)
+        env = StageEnv(env_id, 1, "cpu", 0)
+        # The camera was made with our shaders. A reset makes it again, with SAPIEN's.
+        if not light:
+            monkeypatch.setattr(sapien.render, "set_camera_shader_dir", STOCK_SHADERS)
         env.reset([5])
-        frames.append(torch.cat([env.step(torch.full((1, 7), 0.02 * i))[0]["rgb"] for i in range(4)]))
+        seen = [env.step(torch.full((1, 7), 0.02 * i))[0]["rgb"] for i in range(4)]
+        frames.append(torch.cat(seen))
         env.close()
-    assert torch.equal(*frames) and frames[0].float().std() > 10
+    assert torch.equal(*frames)
+    assert frames[0].float().std() > 10
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        needs_assets("PutCarrotOnPlateInScene-v1"),
+        needs_assets("PutEggplantInBasketScene-v1", slow=True),
+    ],
+)
+def test_a_quarter_of_simplerenvs_pixels_shows_a_small_policy_the_same(env_id):
+    frames = []
+    sizes = []
+    for full in (False, True):
+        env = StageEnv(env_id, 1, "cpu", 0, full_meshes=full)
+        env.reset([5])
+        seen = [env.step(env.expert_action(RIGHT))[0]["rgb"] for _ in range(6)]
+        frames.append(torch.cat(seen).float())
+        cameras = env.base._sensor_configs.values()
+        sizes.append([(camera.width, camera.height) for camera in cameras])
+        env.close()
+    assert sizes == [[(320, 240)], [(640, 480)]]
+    difference = (frames[0] - frames[1]).abs().mean()
+    assert difference < 1
+    # A wrong intrinsic would move the picture by a pixel.
+    moved = (frames[0] - frames[0].roll(1, 2)).abs().mean()
+    assert moved > 3 * difference
+    large = StageEnv(env_id, 1, "cpu", 0, image_size=224)
+    assert [camera.width for camera in large.base._sensor_configs.values()] == [640]
+    large.close()
 
 
 @pytest.mark.parametrize("env_id", [needs_assets("PutCarrotOnPlateInScene-v1")])
 def test_objects_do_not_settle_in_the_fingers_of_the_last_episode_s_arm(env_id):
     """Seed 2000's carrot would lie 4 cm from where it belongs."""
-    env = stare_utils.StageEnv(env_id, 1, "cpu", 1000, render=False)
+    env = StageEnv(env_id, 1, "cpu", 1000, render=False)
     env.reset()
     env.set_next_seeds([2000])
     done = torch.zeros(1, dtype=torch.bool)
     while not done:
-        *_, terminated, truncated, infos = env.step(env.expert_action(torch.zeros(1, dtype=torch.long)))
+        *_, terminated, truncated, infos = env.step(env.expert_action(RIGHT))
         done = terminated | truncated
     _, fresh = env.reset([2000])
-    assert terminated and infos["seed"] == 2000 and torch.allclose(infos["geometry"], fresh["geometry"], atol=1e-4)
+    assert terminated
+    assert infos["seed"] == 2000
+    assert torch.allclose(infos["geometry"], fresh["geometry"], atol=1e-4)
 
 
-@pytest.mark.parametrize("env_id", [needs_assets("PutCarrotOnPlateInScene-v1"), needs_assets("PutEggplantInBasketScene-v1", slow=True)])
-def test_a_quarter_of_simplerenvs_pixels_shows_a_small_policy_the_same(env_id):
-    frames, sizes = [], []
-    for full in (False, True):
-        env = stare_utils.StageEnv(env_id, 1, "cpu", 0, full_meshes=full)
-        env.reset([5])
-        frames.append(torch.cat([env.step(env.expert_action(torch.zeros(1, dtype=torch.long)))[0]["rgb"] for _ in range(6)]).float())
-        sizes.append([(camera.width, camera.height) for camera in env.base._sensor_configs.values()])
-        env.close()
-    assert sizes == [[(320, 240)], [(640, 480)]] and (frames[0] - frames[1]).abs().mean() < 1
-    moved = (frames[0] - frames[0].roll(1, 2)).abs().mean()  # one pixel off, what a wrong intrinsic would do
-    assert moved > 3 * (frames[0] - frames[1]).abs().mean()
-    large = stare_utils.StageEnv(env_id, 1, "cpu", 0, image_size=224)
-    assert [camera.width for camera in large.base._sensor_configs.values()] == [640]
-    large.close()
-
-
+# ---- processes ----
 @pytest.mark.parametrize("local_rank", ["", "1"])
 def test_a_gpu_draws_into_the_memory_of_the_env_process(local_rank, monkeypatch):
-    """ManiSkill would hand over tensors on the GPU. Its own word for that backend must not come out, and the device must be the process's own."""
-    devices, asked = [], {}
+    """ManiSkill would return tensors on the GPU.
+
+    Its own word for that backend must not come out, and the device must be the process's own.
+    """
+    devices = []
+    asked = {}
+
+    def device(name):
+        devices.append(name)
+        return name
+
+    def ask(**kwargs):
+        """Stands for ManiSkill's env class, and makes no env."""
+        asked.update(kwargs)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sapien, "Device", lambda name: devices.append(name) or name)
-    monkeypatch.setattr(stare_utils, "scene_class", lambda *args: lambda **kwargs: asked.update(kwargs))
-    monkeypatch.setenv("LOCAL_RANK", local_rank) if local_rank else monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(TypeError):  # there is no env
-        stare_utils.StageEnv("PickCube-v1", 1, "cpu", 0)
+    monkeypatch.setattr(sapien, "Device", device)
+    monkeypatch.setattr(world.envs, "scene_class", lambda *args: ask)
+    expected = "cuda"
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        expected = f"cuda:{local_rank}"
+    # There is no env for the TimeLimitWrapper.
+    with pytest.raises(TypeError):
+        StageEnv("PickCube-v1", 1, "cpu", 0)
     backend = parse_sim_and_render_backend(asked["sim_backend"], asked["render_backend"])
-    assert backend.render_backend != "sapien_cuda" and backend.device.type == "cpu" and devices[-1] == "cuda" + f":{local_rank}" * bool(local_rank)
+    assert backend.render_backend != "sapien_cuda"
+    assert backend.device.type == "cpu"
+    assert devices[-1] == expected
 
 
 def test_env_processes_do_not_import_the_script_again(monkeypatch):
-    told, script = [], sys.modules["__main__"]
-    monkeypatch.setattr(script, "__file__", "a_script.py", raising=False)  # a test process may be started without one
+    told = []
+    script = sys.modules["__main__"]
+    # A test process may be started without a file.
+    monkeypatch.setattr(script, "__file__", "a_script.py", raising=False)
     monkeypatch.setattr(script, "__spec__", None, raising=False)
-    monkeypatch.setattr(stare_utils, "Processes", lambda *args, **kwargs: told.append(spawn.get_preparation_data("env")))
-    with pytest.raises(AttributeError):  # there are no envs
-        stare_utils.StageVectorEnv("PickCube-v1", 2, 0)
-    assert told and not any(key.startswith("init_main") for key in told[0])
-    assert any(key.startswith("init_main") for key in spawn.get_preparation_data("another"))
+
+    def start(*args, **kwargs):
+        """Stands for Processes, and starts none."""
+        told.append(spawn.get_preparation_data("env"))
+
+    monkeypatch.setattr(world.vector, "Processes", start)
+    # There are no processes whose spaces could be read.
+    with pytest.raises(AttributeError):
+        StageVectorEnv("PickCube-v1", 2, 0)
+    assert told
+    assert not any(key.startswith("init_main") for key in told[0])
+    other = spawn.get_preparation_data("another")
+    assert any(key.startswith("init_main") for key in other)
+
+
+def process_settings() -> tuple:
+    """What an env process changes about itself."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    return torch.get_num_threads(), os.getpgrp(), interrupt, torch.cuda.synchronize
 
 
 def test_the_env_that_gymnasium_makes_in_the_script_leaves_the_script_as_it_was():
-    seen = lambda: (torch.get_num_threads(), os.getpgrp(), signal.getsignal(signal.SIGINT), torch.cuda.synchronize)  # noqa: E731
-    before, threads = seen(), torch.get_num_threads()
+    threads, *before = process_settings()
     torch.set_num_threads(3)
-    stare_utils.ProcessEnv("PickCube-v1", 0, 0).close()
-    after = seen()
+    ProcessEnv("PickCube-v1", 0, 0).close()
+    after = process_settings()
     torch.set_num_threads(threads)
-    assert after == (3, *before[1:])
+    assert after == (3, *before)
+
+
+# ---- demonstrations ----
+def write_states(path: Path, states: list[dict], actions: torch.Tensor) -> None:
+    """A ManiSkill trajectory of PickCube-v1 without images."""
+    with h5py.File(path, "w") as file:
+        file["traj_0/actions"] = actions.numpy()
+        for kind, bodies in states[0].items():
+            for name in bodies:
+                values = np.concatenate([state[kind][name].numpy() for state in states])
+                file[f"traj_0/env_states/{kind}/{name}"] = values
+    episode = {"episode_id": 0, "control_mode": "pd_ee_delta_pose"}
+    meta = {"env_info": {"env_id": "PickCube-v1"}, "episodes": [episode]}
+    path.with_suffix(".json").write_text(json.dumps(meta))
 
 
 def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
     """A ManiSkill trajectory without images gives the frames that its states show."""
-    env = stare_utils.StageEnv("PickCube-v1", 1, "cpu", 0)
+    env = StageEnv("PickCube-v1", 1, "cpu", 0)
     obs, _ = env.reset(seed=[5])
-    seen, states, actions = [obs], [env.base.get_state_dict()], []
+    seen = []
+    states = [env.base.get_state_dict()]
+    actions = []
     for _ in range(4):
-        actions.append(env.expert_action(torch.zeros(1, dtype=torch.long)))
-        obs, *_ = env.step(actions[-1])
         seen.append(obs)
+        actions.append(env.expert_action(RIGHT))
+        obs, *_ = env.step(actions[-1])
         states.append(env.base.get_state_dict())
     env.reset(seed=[6])
-    with h5py.File(tmp_path / "demos.h5", "w") as file:
-        file["traj_0/actions"] = torch.cat(actions).numpy()
-        for kind, bodies in states[0].items():
-            for name in bodies:
-                file[f"traj_0/env_states/{kind}/{name}"] = np.concatenate([state[kind][name].numpy() for state in states])
-    (tmp_path / "demos.json").write_text('{"env_info": {"env_id": "PickCube-v1"}, "episodes": [{"episode_id": 0, "control_mode": "pd_ee_delta_pose"}]}')
-    monkeypatch.setattr(stare_utils, "StageEnv", lambda *args, **kwargs: env)
-    rgb, proprio, labels, *_ = sft.read_demos(tmp_path / "demos.h5", "PickCube-v1", 9)
-    assert torch.equal(labels, torch.cat(actions)) and rgb.dtype == torch.uint8
-    assert torch.allclose(proprio, torch.cat([obs["proprio"] for obs in seen[:-1]]), atol=1e-5)
-    difference = (rgb.int() - torch.cat([obs["rgb"] for obs in seen[:-1]]).int()).abs()
-    assert rgb.shape == (4, 128, 128, 3) and (difference > 8).float().mean() < 1e-3
+    actions = torch.cat(actions)
+    write_states(tmp_path / "demos.h5", states, actions)
+    monkeypatch.setattr(world.demos, "StageEnv", lambda *args, **kwargs: env)
+    rgb, proprio, labels, *_ = read_demos(tmp_path / "demos.h5", "PickCube-v1", 9)
+    assert torch.equal(labels, actions)
+    assert rgb.dtype == torch.uint8
+    expected = torch.cat([obs["proprio"] for obs in seen])
+    assert torch.allclose(proprio, expected, atol=1e-5)
+    difference = (rgb.int() - torch.cat([obs["rgb"] for obs in seen]).int()).abs()
+    assert rgb.shape == (4, 128, 128, 3)
+    assert (difference > 8).float().mean() < 1e-3
     env.env.close()
 
 
@@ -269,17 +563,23 @@ def test_failed_episodes_and_those_beyond_the_number_are_not_read(tmp_path):
     path.with_suffix(".json").write_text(json.dumps(meta))
     with h5py.File(path, "a") as file:
         file["traj_1/stage"] = np.array([0, 1, 2, 3, 4, -2], np.int32)
-    rgb, *_, stage = sft.read_demos(path, "PickCube-v1", 1)
-    assert len(rgb) == 6 and stage.tolist() == [0, 1, 2, 3, -1, -1] and stage.dtype == torch.int64  # success is no stage
+    rgb, *_, stage = read_demos(path, "PickCube-v1", 1)
+    assert len(rgb) == 6
+    # Success is no stage.
+    assert stage.tolist() == [0, 1, 2, 3, -1, -1]
+    assert stage.dtype == torch.int64
 
 
 def test_demonstrations_slower_than_the_task_are_named(tmp_path, capsys):
-    sft.read_demos(write_demos(tmp_path / "demos.h5", lengths=(50, 49)), "PickCube-v1", 9)
+    path = tmp_path / "demos.h5"
+    read_demos(write_demos(path, lengths=(50, 49)), "PickCube-v1", 9)
     assert capsys.readouterr().out == ""
-    sft.read_demos(write_demos(tmp_path / "demos.h5", lengths=(50, 51, 60)), "PickCube-v1", 9)
-    assert "2 of 3 demonstrations of PickCube-v1 take longer than its episodes of 50 steps" in capsys.readouterr().out
+    read_demos(write_demos(path, lengths=(50, 51, 60)), "PickCube-v1", 9)
+    warning = "2 of 3 demonstrations of PickCube-v1 take longer than its episodes of 50 steps"
+    assert warning in capsys.readouterr().out
 
 
+# ---- evaluation ----
 @pytest.fixture(scope="module")
 def endless():
     """Two simulators as evaluation uses them: no termination, the registered horizon."""
@@ -299,171 +599,190 @@ def evaluate(endless, monkeypatch):
 def test_evaluating_twice_gives_identical_rows(evaluate, monkeypatch):
     model, processor = tiny_model()
     model.train()
-    monkeypatch.setitem(stare_utils.ALIASES, "cube", "PickCube-v1")
-    first, second = (evaluate(model, processor, name, 2, 0, 2) for name in ("PickCube-v1", "cube"))
-    assert first == second and model.training
-    assert [row["seed"] for row in first["episodes"]] == [stare_utils.EVAL_SEED, stare_utils.EVAL_SEED + 1]
-    assert [row["episode_len"] for row in first["episodes"]] == [TASK.max_episode_steps] * 2
-    assert stare_utils.EVAL_SEED >= stare_utils.TRAIN_SEEDS
+    monkeypatch.setitem(ALIASES, "cube", "PickCube-v1")
+    first = evaluate(model, processor, "PickCube-v1", 2, 0, 2)
+    second = evaluate(model, processor, "cube", 2, 0, 2)
+    assert first == second
+    assert model.training
+    assert [row["seed"] for row in first["episodes"]] == [EVAL_SEED, EVAL_SEED + 1]
+    lengths = [row["episode_len"] for row in first["episodes"]]
+    assert lengths == [TASK.max_episode_steps] * 2
+    assert EVAL_SEED >= TRAIN_SEEDS
+
+
+class AtOnce:
+    """Envs in one half, so that the policy acts for all of them and then all of them move.
+
+    The scripted expert needs that, because it cannot act while an env is at work.
+    """
+
+    def __init__(self, envs):
+        self.envs = envs
+        self.halves = [slice(0, envs.num_envs)]
+
+    def __getattr__(self, name):
+        return getattr(self.envs, name)
+
+    def send(self, half, actions):
+        self.arrived = self.envs.step(actions)
+
+    def receive(self, half):
+        return self.arrived
 
 
 def test_evaluation_counts_success_and_stages_of_the_expert(evaluate, endless, monkeypatch):
-    """Three episodes in two envs: a batch that is not full. The policy is the expert, as tokens, in env 0 alone; it leaves the last goal again."""
-    expert, calls = ScriptedExpert(endless), []
+    """Three episodes in two envs, so one round is not full.
+
+    The policy is the expert, as tokens, in env 0 alone. It leaves the last goal again.
+    """
+    expert = ScriptedExpert(endless)
+    calls = []
 
     def act(model, inputs, active, greedy):
         assert greedy
         calls.append(1)
-        up = torch.tensor([[0.0, 0, 1, 0, 0, 0, -1]])
-        return vla.tokenize_actions(torch.cat([up if len(calls) > 95 else expert.act()[:1], HOLD[:1]]), STATS["action"]), None, None
+        action = expert.act()[:1]
+        if len(calls) > 95:
+            action = (UP - HOLD[0])[None]
+        bins = vla.tokenize_actions(torch.cat([action, HOLD[:1]]), STATS["action"])
+        return bins, None, None
 
     monkeypatch.setattr(evaluation, "sample_action", act)
-    monkeypatch.setattr(endless, "play", functools.partial(stare_utils.StageEnv.play, endless))  # all envs at once
+    monkeypatch.setattr(evaluation, "make_envs", lambda *args, **kwargs: AtOnce(endless))
     result = evaluate(*tiny_model(), "PickCube-v1", 3, 1, 2)
     rows = result["episodes"]
-    assert [row["success_once"] for row in rows] == [True, False, True] and [row["success_at_end"] for row in rows] == [True, False, False]
-    assert result["success_once"] == result["stage_reach_rate"][-1] == 2 * result["success_at_end"] == pytest.approx(2 / 3)
-    assert len(result["stage_reach_rate"]) == K and [row["furthest_stage"] for row in rows] == [K, 0, K]
-    assert [row["seed"] - stare_utils.EVAL_SEED for row in rows] == [100_000, 100_001, 100_002]
-    assert all(sum(row["stage_steps"]) == row["episode_len"] == 50 for row in rows) and rows[1]["stage_steps"][0] == 50
-    assert all(min(row["stage_steps"]) > 0 and row["return"] == row["stage_steps"][K] + row["success_at_end"] for row in (rows[0], rows[2]))
+    assert [row["success_once"] for row in rows] == [True, False, True]
+    assert [row["success_at_end"] for row in rows] == [True, False, False]
+    assert result["success_once"] == result["stage_reach_rate"][-1] == pytest.approx(2 / 3)
+    assert result["success_once"] == 2 * result["success_at_end"]
+    assert len(result["stage_reach_rate"]) == K
+    assert [row["furthest_stage"] for row in rows] == [K, 0, K]
+    assert [row["seed"] - EVAL_SEED for row in rows] == [100_000, 100_001, 100_002]
+    assert all(sum(row["stage_steps"]) == row["episode_len"] == 50 for row in rows)
+    assert rows[1]["stage_steps"][0] == 50
+    for row in (rows[0], rows[2]):
+        assert min(row["stage_steps"]) > 0
+        # The last step's success counts in the return, and its state is not acted in.
+        assert row["return"] == row["stage_steps"][K] + row["success_at_end"]
+
+
+def test_evaluation_reads_the_separator_and_reports_at_the_first_success(envs, monkeypatch):
+    """Env 0 is told a success at steps 5 and 6 of 30.
+
+    Four episodes are asked for, and the grid has two.
+    """
+    task = dataclasses.replace(TASK, max_episode_steps=30, grid=2, report=("stage_distance",))
+    receive = envs.receive
+    steps = []
+    won = []
+    read = []
+
+    def cheat(half):
+        obs, *numbers, infos = receive(half)
+        if half.start == 0:
+            if len(steps) in (5, 6):
+                infos["success"][:] = True
+                won.append(float(infos["stage_distance"][0]))
+            steps.append(1)
+        return obs, *numbers, infos
+
+    def compare(episodes, num_stages):
+        read.extend(episodes)
+        return {}
+
+    monkeypatch.setattr(envs, "close", lambda: None)
+    monkeypatch.setattr(envs, "receive", cheat)
+    monkeypatch.setattr(envs, "task", task)
+    monkeypatch.setattr(evaluation, "get_task", lambda env_id: task)
+    monkeypatch.setattr(evaluation, "make_envs", lambda *args, **kwargs: envs)
+    monkeypatch.setattr(evaluation, "compare_separator", compare)
+    separator = torch.nn.Linear(64, 6)
+    model, processor = tiny_model()
+    result = evaluation.evaluate(model, processor, "PickCube-v1", 4, 0, 2, separator=separator)
+    rows = result["episodes"]
+    assert len(rows) == len(read) == 2
+    assert [int(over.sum()) for _, _, over in read] == [24, 0]
+    for _, logprobs, _ in read:
+        assert logprobs.shape == (30, K)
+        assert torch.allclose(logprobs.exp().sum(-1), torch.ones(30))
+    assert rows[0]["stage_distance"] == won[0]
+    assert "stage_distance" not in rows[1]
+    counts = [torch.bincount(stages, minlength=K + 1).tolist() for stages, _, _ in read]
+    assert counts == [row["stage_steps"] for row in rows]
+
+
+# ---- numbers of an evaluation ----
+def rows_of(outcomes: dict[int, int]) -> list[dict]:
+    """Rows from seed -> 1 for a success, else 0."""
+    return [{"seed": seed, "success_once": won == 1} for seed, won in outcomes.items()]
 
 
 def test_intervals_by_hand():
-    assert evaluation.wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)  # as scipy's binomtest(8, 10).proportion_ci(method="wilson")
-    a, b = ([{"seed": seed, "success_once": won == 1} for seed, won in rows.items()] for rows in ({5: 0, 6: 0, 7: 0, 8: 1}, {8: 0, 5: 1, 6: 0, 7: 1, 9: 1}))
-    found = evaluation.paired_difference(a, b)  # -1, 1, 0, 1, and two more: 2.5 won, 1.5 lost of 6
-    assert found["num_episodes"] == 4 and found["difference"] == 0.25
+    # As scipy's binomtest(8, 10).proportion_ci(method="wilson").
+    assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    a = rows_of({5: 0, 6: 0, 7: 0, 8: 1})
+    b = rows_of({8: 0, 5: 1, 6: 0, 7: 1, 9: 1})
+    found = paired_difference(a, b)
+    assert found["num_episodes"] == 4
+    assert found["difference"] == 0.25
+    # The pairs are -1, 1, 0, 1, and two are added: 2.5 won and 1.5 lost of 6.
     half = 1.959964 * ((2.5 / 6 + 1.5 / 6 - (1 / 6) ** 2) / 6) ** 0.5
-    assert (found["low"], found["high"]) == pytest.approx((1 / 6 - half, 1 / 6 + half), abs=1e-6)
+    interval = (1 / 6 - half, 1 / 6 + half)
+    assert (found["low"], found["high"]) == pytest.approx(interval, abs=1e-6)
 
 
-@pytest.mark.parametrize("won, lost", [(0.04, 0.0), (0.1, 0.05), (0.3, 0.1)])
+@pytest.mark.parametrize(("won", "lost"), [(0.04, 0.0), (0.1, 0.05), (0.3, 0.1)])
 def test_the_paired_interval_of_24_episodes_holds_the_truth_as_often_as_it_says(won, lost):
-    """The plain normal interval does so in 62, 91 and 94 %, and is [0, 0] where no pair differs."""
-    rng, held = np.random.default_rng(0), 0
+    """The plain normal interval does so in 62, 91 and 94 % of the cases.
+
+    Where no pair differs the plain interval is [0, 0].
+    """
+    rng = np.random.default_rng(0)
+    kinds = [[0, 1], [1, 0], [1, 1]]
+    held = 0
     for _ in range(2000):
-        a, b = ([{"seed": seed, "success_once": bool(x)} for seed, x in enumerate(outcomes)] for outcomes in
-                zip(*rng.choice([[0, 1], [1, 0], [1, 1]], 24, p=[won, lost, 1 - won - lost])))  # fmt: skip
-        found = evaluation.paired_difference(a, b)
+        pairs = rng.choice(kinds, 24, p=[won, lost, 1 - won - lost])
+        a, b = (rows_of(dict(enumerate(outcomes))) for outcomes in pairs.T)
+        found = paired_difference(a, b)
         held += found["low"] <= won - lost <= found["high"]
     assert held / 2000 > 0.93
 
 
 def test_where_episodes_are_lost_is_told_stage_by_stage():
-    rows = [{"seed": k, "success_once": k == 4, "success_at_end": False, "return": 0.0, "episode_len": 50, "furthest_stage": k, "stage_steps": [k] * 5}
-            for k in (0, 1, 3, 4)]  # fmt: skip
-    result = evaluation.mean_rows(rows, 4)
-    assert result["stage_reach_rate"] == [0.75, 0.5, 0.5, 0.25] and result["stage_steps"] == [2.0] * 4
-    _, line, _ = evaluation.result_table([{**result, "method": "SFT", "env_id": "PickCube-v1"}]).splitlines()
+    rows = []
+    for k in (0, 1, 3, 4):
+        row = {
+            "seed": k,
+            "success_once": k == 4,
+            "success_at_end": False,
+            "return": 0.0,
+            "episode_len": 50,
+            "furthest_stage": k,
+            "stage_steps": [k] * 5,
+        }
+        rows.append(row)
+    result = mean_rows(rows, 4)
+    assert result["stage_reach_rate"] == [0.75, 0.5, 0.5, 0.25]
+    assert result["stage_steps"] == [2.0] * 4
+    result = {**result, "method": "SFT", "env_id": "PickCube-v1"}
+    _, line, _ = result_table([result]).splitlines()
     assert line.split("]")[1].split() == "0.0 % 75.0 % 66.7 % 100.0 % 50.0 %".split()
-    _, *lines, _ = evaluation.result_table([{**result, "method": "SFT", "env_id": "PickCube-v1", "ood": ood, "instructions": words}
-                                            for ood, words in (("camera", ()), ("none", ("pick it",)))]).splitlines()  # fmt: skip
-    assert [line.split(" " * 2)[0] for line in lines] == ["SFT, camera", "SFT, other words"]
+    other_camera = {**result, "ood": "camera", "instructions": ()}
+    other_words = {**result, "ood": "none", "instructions": ("pick it",)}
+    _, *lines, _ = result_table([other_camera, other_words]).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["SFT, camera", "SFT, other words"]
 
 
 def test_a_task_s_report_is_of_the_successes():
-    result = {"method": "SFT", "env_id": "LiftPegUpright-v1", "success_once": 0.5, "success_at_end": 0.5, "stage_reach_rate": [0.5] * 4}
-    episodes = [{"seed": i, "success_once": i > 1, "tilt": tilt} for i, tilt in enumerate((9.0, 0.1, 0.2, 0.3))]
-    assert "tilt at success: median 0.250, largest 0.300" in evaluation.result_table([{**result, "episodes": episodes}])
-
-
-def test_evaluation_reads_the_separator_and_reports_at_the_first_success(envs, monkeypatch):
-    """Env 0 is told a success at steps 5 and 6 of 30; of four episodes asked for the grid has two."""
-    read, play, won = [], envs.play, []
-    task = types.SimpleNamespace(**{**vars(TASK), "stages": TASK.stages, "max_episode_steps": 30, "grid": 2, "report": ("stage_distance",)})
-
-    def cheat(act, steps):
-        for t, n, obs, *rest, info in play(act, steps):
-            if n.start == 0 and t in (5, 6):
-                info["success"][:] = True
-                won.append(float(info["stage_distance"][0]))
-            yield t, n, obs, *rest, info
-
-    for module, name, value in ((envs, "close", lambda: None), (envs, "play", cheat), (stare_utils, "get_task", lambda env_id: task),
-                                (evaluation, "make_envs", lambda *args, **kwargs: envs),
-                                (evaluation, "compare_separator", lambda episodes, K: read.extend(episodes) or {})):  # fmt: skip
-        monkeypatch.setattr(module, name, value)
-    rows = evaluation.evaluate(*tiny_model(), "PickCube-v1", 4, 0, 2, separator=torch.nn.Linear(64, 6))["episodes"]
-    assert len(rows) == len(read) == 2 and [int(over.sum()) for _, _, over in read] == [24, 0]
-    assert all(logprobs.shape == (30, K) and torch.allclose(logprobs.exp().sum(-1), torch.ones(30)) for _, logprobs, _ in read)
-    assert rows[0]["stage_distance"] == won[0] and "stage_distance" not in rows[1]
-    assert [torch.bincount(stages, minlength=K + 1).tolist() for stages, _, _ in read] == [row["stage_steps"] for row in rows]
-
-
-def test_success_in_the_reset_state_counts_nowhere(envs):
-    """PickCube draws its goal on the lying cube in about one episode of 150. `stage_reach_rate` must end in `success_once`."""
-    _, infos = envs.reset(seed=[1_073_741_855, 0])
-    assert infos["success"].tolist() == [True, False] and infos["stage"][0] == K and infos["furthest_stage"].tolist() == [0, 0]
-    up = HOLD + torch.tensor([0, 0, 1.0, 0, 0, 0, 0])
-    *_, infos = envs.step(up)  # success asks for a robot at rest
-    assert infos["success"].tolist() == [False, False] and (infos["furthest_stage"] < K).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{"reward": "dense"}, {"stock_camera": True}, {"full_meshes": True}, {"potential": "linear", "potential_across_stages": "bare"}]
-)
-def test_every_option_of_the_simulator_keeps_the_contract(options):
-    envs = make_envs("PickCube-v1", 2, seed=0, **options)
-    check_batch(*envs.reset(seed=0))
-    for _ in range(3):
-        obs, reward, terminated, _, infos = envs.step(ScriptedExpert(envs).act())
-        check_batch(obs, infos)
-        assert (infos["potential"] <= 1).all()  # nothing is grasped in three steps
-        assert (reward > 0).all() == (options.get("reward") == "dense") and (reward < 1).all() and not terminated.any()
-    envs.close()
-
-
-def test_play_takes_the_same_steps_in_turns(envs):
-    """To the end of the episode: each half alone, as `step` takes all; the second half is asked for actions while the first one is at work."""
-    actions, asked = 0.5 * torch.randn(30, 2, 7, generator=torch.Generator().manual_seed(0)), []
-
-    def act(t, rows):
-        asked.append((t, rows.start))
-        return actions[t, rows]
-
-    envs.reset(seed=[5, 6])
-    halves = list(envs.play(act, 30))
-    assert asked == [(t, half) for t in range(30) for half in range(2)] and [(t, rows.start) for t, rows, *_ in halves] == asked
-    envs.reset(seed=[5, 6])
-    for t in range(30):
-        obs, reward, terminated, truncated, infos = envs.step(actions[t])
-        for _, rows, its_obs, *numbers, its_infos in halves[2 * t : 2 * t + 2]:
-            assert all(torch.equal(a[rows], b) for a, b in zip((reward, terminated, truncated), numbers))
-            assert all(torch.equal(obs[name][rows], its_obs[name]) for name in obs)
-            assert all(torch.equal(infos[name][rows], its_infos[name]) for name in ("stage", "potential", "seed", "_final_info"))
-            if t == 29:
-                assert its_infos["_final_info"].all()
-                assert torch.equal(infos["final_info"]["stage"][rows], its_infos["final_info"]["stage"])
-                assert torch.equal(infos["final_obs"]["rgb"][rows], its_infos["final_obs"]["rgb"])
-
-
-def test_the_policy_sees_the_tool_s_pose_and_the_goal_and_the_next_seed_is_another(envs):
-    env = stare_utils.StageEnv("PickCube-v1", 1, "cpu", 0, render=False)
-    obs, _ = env.reset([3])
-    assert abs(env.next_seed[0] - 3) > 1000  # not the neighbour's
-    assert torch.equal(obs["proprio"], torch.cat([env.state["tool"], env.state["quaternion"], env.state["opening"][:, None]], -1))
-    assert torch.allclose(obs["proprio"][:, :3], env.base.agent.tcp.pose.p)
-    env.close()
-    rgb = envs.reset(seed=[3, 4])[0]["rgb"].int()
-    green = (rgb[..., 1] > rgb[..., 0] + 60) & (rgb[..., 1] > rgb[..., 2] + 60)
-    assert (green.sum((1, 2)) > 10).all()
-
-
-def test_a_reset_of_one_env_of_a_batch_leaves_the_others_alone():
-    """As GPU simulation does it, with a simulator that says the same of all three."""
-    env = stare_utils.StageEnv("PickCube-v1", 1, "cpu", 0, render=False)
-    env.reset([3])
-    env.close()
-    state = {name: x.expand(3, *x.shape[1:]).clone() for name, x in env.state.items()}
-    env.num_envs, env.env = 3, types.SimpleNamespace(reset=lambda seed, options: ({}, {}))
-    env.base = types.SimpleNamespace(device=torch.device("cpu"), evaluate=lambda: {"success": torch.zeros(3, dtype=torch.bool)}, elapsed_steps=torch.zeros(3),
-                                     _hidden_objects=[])  # fmt: skip
-    env.task = types.SimpleNamespace(**{**vars(env.task), "stages": env.task.stages})
-    env.task.observe = lambda base: {**state, "grasped": torch.ones(3, dtype=torch.bool), "object": torch.ones(3, 3)}
-    env.observation = lambda obs: obs
-    env.seeds, env.furthest, env.object_start, env.next_seed = torch.tensor([7, 8, 9]), torch.full((3,), 2), torch.zeros(3, 3), [70, 80, 90]
-    _, infos = env.reset(env_idx=torch.tensor([1]))
-    assert infos["seed"].tolist() == [7, 80, 9] and env.furthest.tolist() == [2, 0, 2] and env.state["grasped"].tolist() == [True, False, True]
-    assert env.object_start[:, 0].tolist() == [0, 1, 0] and env.next_seed[::2] == [70, 90] and env.next_seed[1] != 80
+    episodes = []
+    for i, tilt in enumerate((9.0, 0.1, 0.2, 0.3)):
+        episodes.append({"seed": i, "success_once": i > 1, "tilt": tilt})
+    result = {
+        "method": "SFT",
+        "env_id": "LiftPegUpright-v1",
+        "success_once": 0.5,
+        "success_at_end": 0.5,
+        "stage_reach_rate": [0.5] * 4,
+        "episodes": episodes,
+    }
+    assert "tilt at success: median 0.250, largest 0.300" in result_table([result])

@@ -1,4 +1,5 @@
-"""Every mistake that a user can make ends in one line and exit code 2, and leaves nothing behind."""
+"""Every mistake that a user can make ends in one line and exit code 2. It leaves nothing behind."""
+
 import dataclasses
 import json
 import shutil
@@ -10,8 +11,10 @@ import eval as evaluation
 import sft
 import sta_ppo
 import sta_tpo
-import vla
-from stare_utils import TASKS, UserError, make_envs, one_line_errors
+from plumbing.checkpoint import find_checkpoint, fingerprint, write_state
+from plumbing.run import one_line_errors
+from world.tasks import TASKS, UserError
+from world.vector import make_envs
 
 SCRIPTS = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo, "eval": evaluation}
 TRAINING = ("sft", "sta_tpo", "sta_ppo")
@@ -19,7 +22,10 @@ TRAINING = ("sft", "sta_tpo", "sta_ppo")
 
 @pytest.fixture
 def refuses(tmp_path):
-    """Calls a script's main and checks that it refuses in one line that holds `words`, and that its output folder stays empty."""
+    """Calls a script's main and checks that it refuses.
+
+    It must do so in one line that holds `words`, and its output folder must stay as it was.
+    """
 
     def check(script, words, *args, output=None):
         folder = output or tmp_path / "out"
@@ -40,12 +46,13 @@ def start(script, checkpoint) -> list:
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
-    """A checkpoint that may be spoilt."""
+    """A checkpoint that a test may damage."""
     copy = shutil.copytree(checkpoint / "checkpoint", tmp_path / "copy")
     (copy / "checksums.json").unlink()
     return copy
 
 
+# ---- tasks and instructions ----
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_unknown_env_id_names_the_nearest(script, checkpoint, refuses):
     refuses(script, "PickCube-v1", *start(script, checkpoint), "--env-id", "PickCub-v1")
@@ -53,47 +60,63 @@ def test_unknown_env_id_names_the_nearest(script, checkpoint, refuses):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_seed_that_random_generators_do_not_take(script, checkpoint, refuses):
-    refuses(script, "--seed must be below 4294967296", *start(script, checkpoint), "--seed", 2**32)
+    words = "--seed must be below 4294967296"
+    refuses(script, words, *start(script, checkpoint), "--seed", 2**32)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_env_id_of_maniskill_without_an_entry_here(script, checkpoint, refuses):
-    refuses(script, "docs/tasks.md adds one", *start(script, checkpoint), "--env-id", "PlugCharger-v1")
+    words = "docs/tasks.md adds one"
+    refuses(script, words, *start(script, checkpoint), "--env-id", "PlugCharger-v1")
 
 
 @pytest.mark.parametrize("script", ["sta_tpo", "sta_ppo"])
 def test_several_tasks_where_one_is_taken(script, checkpoint, refuses):
-    refuses(script, "one task here", *start(script, checkpoint), "--env-id", "PickCube-v1,PushCube-v1")
+    ids = "PickCube-v1,PushCube-v1"
+    refuses(script, "one task here", *start(script, checkpoint), "--env-id", ids)
 
 
 def test_as_many_demonstration_files_as_tasks(tmp_path, refuses):
-    refuses("sft", "1 files for 2 tasks", "--env-id", "PickCube-v1,PushCube-v1", "--demo-path", write_demos(tmp_path / "demos.h5"))
+    demos = write_demos(tmp_path / "demos.h5")
+    ids = "PickCube-v1,PushCube-v1"
+    refuses("sft", "1 files for 2 tasks", "--env-id", ids, "--demo-path", demos)
 
 
 def test_instruction_longer_than_the_context(checkpoint, refuses, monkeypatch, tmp_path):
-    refuses("eval", "the model has room for", "--checkpoint", checkpoint, "--instruction", "again and " * 200)
-    wordy = dataclasses.replace(TASKS["PickCube-v1"], instruction="again and " * 200)
+    words = "the model has room for"
+    instruction = "again and " * 200
+    refuses("eval", words, "--checkpoint", checkpoint, "--instruction", instruction)
+    wordy = dataclasses.replace(TASKS["PickCube-v1"], instruction=instruction)
     monkeypatch.setitem(TASKS, "PickCube-v1", wordy)
-    refuses("sft", "the model has room for", "--vla", checkpoint, "--demo-path", write_demos(tmp_path / "demos.h5"))
+    demos = write_demos(tmp_path / "demos.h5")
+    refuses("sft", words, "--vla", checkpoint, "--demo-path", demos)
 
 
+# ---- stages ----
 @pytest.mark.parametrize("script", ["sta_tpo", "sta_ppo"])
 def test_a_policy_behind_which_there_is_no_separator(script, copy, refuses):
     (copy / "separator.safetensors").unlink()
-    refuses(script, "no learned separator of PickCube-v1", "--checkpoint", copy, "--stage-source", "learned")
+    words = "no learned separator of PickCube-v1"
+    refuses(script, words, "--checkpoint", copy, "--stage-source", "learned")
 
 
-@pytest.mark.parametrize(("words", "args"), [
-    ("some of reach,grasp,transport,place", ["--silent-stages", "reach,gasp"]),
-    ("the offset potential", ["--silent-stages", "reach", "--potential-across-stages", "bare"]),
-    ("knows no distances", ["--silent-stages", "reach", "--stage-source", "learned"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "args"),
+    [
+        ("some of reach,grasp,transport,place", ["--silent-stages", "reach,gasp"]),
+        (
+            "the offset potential",
+            ["--silent-stages", "reach", "--potential-across-stages", "bare"],
+        ),
+        ("knows no distances", ["--silent-stages", "reach", "--stage-source", "learned"]),
+    ],
+)
 def test_stages_that_cannot_be_silent(words, args, checkpoint, refuses):
     refuses("sta_ppo", words, "--checkpoint", checkpoint, *args)
 
 
 def bridge_checkpoint(copy):
-    """A checkpoint that says it knows SimplerEnv's carrot."""
+    """A checkpoint that says that it knows SimplerEnv's carrot."""
     config = json.loads((copy / "config.json").read_text())
     config["norm_stats"] = {"PutCarrotOnPlateInScene-v1": config["norm_stats"]["PickCube-v1"]}
     (copy / "config.json").write_text(json.dumps(config))
@@ -102,36 +125,49 @@ def bridge_checkpoint(copy):
 
 @pytest.mark.parametrize("env_id", [needs_assets("PutCarrotOnPlateInScene-v1")])
 def test_what_simplers_tasks_do_not_have(env_id, copy, refuses):
-    refuses("eval", "camera cannot move", "--checkpoint", bridge_checkpoint(copy), "--ood", "camera")
-    refuses("sta_ppo", "no dense reward", "--checkpoint", copy, "--env-id", env_id, "--reward", "dense")
-    for words, kwargs in (("no dense reward", {"reward": "dense"}), ("trains with --backend cpu", {"backend": "cuda"})):
-        with pytest.raises(UserError, match=words):
-            make_envs(env_id, 1, 0, **kwargs)
+    refuses(
+        "eval", "camera cannot move", "--checkpoint", bridge_checkpoint(copy), "--ood", "camera"
+    )
+    dense = ("--env-id", env_id, "--reward", "dense")
+    refuses("sta_ppo", "no dense reward", "--checkpoint", copy, *dense)
+    with pytest.raises(UserError, match="no dense reward"):
+        make_envs(env_id, 1, 0, reward="dense")
+    with pytest.raises(UserError, match="trains with --backend cpu"):
+        make_envs(env_id, 1, 0, backend="cuda")
 
 
+# ---- resuming ----
 @pytest.mark.parametrize("script", TRAINING)
 def test_resuming_another_scripts_run(script, checkpoint, tmp_path, refuses):
-    shutil.copytree(checkpoint, tmp_path / "run")
-    vla.write_state(tmp_path / "run/checkpoint", {"script": "sta_other"}, {}, None)
-    refuses(script, "is of sta_other, not of", *start(script, checkpoint), "--resume", output=tmp_path / "run")
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    write_state(run / "checkpoint", {"script": "sta_other"}, {}, None)
+    words = "is of sta_other, not of"
+    refuses(script, words, *start(script, checkpoint), "--resume", output=run)
 
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_resuming_from_a_policy_that_is_not_what_it_was(script, checkpoint, tmp_path, refuses):
-    source, run = shutil.copytree(checkpoint, tmp_path / "source"), shutil.copytree(checkpoint, tmp_path / "run")
-    args = {"env_id": "PickCube-v1", "seed": 1, "batch_size": 800, "lora_rank": 2}
-    origin = vla.fingerprint(source / "checkpoint")
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    origin = fingerprint(source / "checkpoint")
     (run / "source.txt").write_text(f"{source / 'checkpoint'}\n{origin}")
+    args = {"env_id": "PickCube-v1", "seed": 1, "batch_size": 800, "lora_rank": 2}
     (run / "checkpoint/args.json").write_text(json.dumps({**args, "vla": str(source)}))
-    vla.write_state(run / "checkpoint", {"script": script, "source": str(source), "origin": origin}, {}, None)
-    vla.write_state(source / "checkpoint", {"trained": "on"}, {}, None)
-    flag = ("--vla", source) if script == "sft" else ()
-    refuses(script, "another policy is there now", *flag, "--lora-rank", 2, "--resume", output=run)
+    state = {"script": script, "source": str(source), "origin": origin, "wall_s": 0}
+    write_state(run / "checkpoint", state, {}, None)
+    # The policy at the run's start is trained on.
+    write_state(source / "checkpoint", {"trained": "on"}, {}, None)
+    flags = ["--lora-rank", 2, "--resume"]
+    if script == "sft":
+        flags += ["--vla", source]
+    refuses(script, "another policy is there now", *flags, output=run)
 
 
+# ---- the machine and the output folder ----
 @pytest.mark.slow
 def test_missing_assets_name_the_download(tmp_path):
-    done = cli("sft.py", "--env-id", "widowx_stack_cube", "--output-dir", "out", cwd=tmp_path, MS_ASSET_DIR=str(tmp_path))
+    flags = ("--env-id", "widowx_stack_cube", "--output-dir", "out")
+    done = cli("sft.py", *flags, cwd=tmp_path, MS_ASSET_DIR=str(tmp_path))
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
     (line,) = done.stderr.splitlines()
     assert "mani_skill.utils.download_asset bridge_v2_real2sim" in line and "MS_ASSET_DIR" in line
@@ -144,9 +180,11 @@ def test_no_envs(script, checkpoint, refuses):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_output_folder_that_cannot_be_written(script, checkpoint, tmp_path, capsys):
+    flags = ("--output-dir", "/dev/null/x", "--no-cuda")
     with pytest.raises(SystemExit) as stopped, one_line_errors():
-        call(SCRIPTS[script], *start(script, checkpoint), "--output-dir", "/dev/null/x", "--no-cuda")
-    assert stopped.value.code == 2 and "error: cannot use /dev/null/x: Not a directory" in capsys.readouterr().err
+        call(SCRIPTS[script], *start(script, checkpoint), *flags)
+    assert stopped.value.code == 2
+    assert "error: cannot use /dev/null/x: Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", TRAINING)
@@ -155,16 +193,20 @@ def test_output_folder_that_holds_a_run(script, checkpoint, tmp_path, refuses):
     refuses(script, "--resume", *start(script, checkpoint), output=tmp_path / "run")
 
 
+# ---- checkpoints ----
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_missing_checkpoint(script, tmp_path, refuses):
-    flag = ["--vla", tmp_path / "nowhere", "--demo-path", write_demos(tmp_path / "demos.h5")] if script == "sft" else ["--checkpoint", tmp_path / "nowhere"]
-    refuses(script, "no checkpoint at", *flag)
+    flags = ["--checkpoint", tmp_path / "nowhere"]
+    if script == "sft":
+        demos = write_demos(tmp_path / "demos.h5")
+        flags = ["--vla", tmp_path / "nowhere", "--demo-path", demos]
+    refuses(script, "no checkpoint at", *flags)
 
 
 def test_no_checkpoint_to_be_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="python sft.py --env-id Nothing-v1"):
-        sta_ppo.find_checkpoint("Nothing-v1", ("sta_tpo", "sft"))
+        find_checkpoint("Nothing-v1", ("sta_tpo", "sft"))
 
 
 @pytest.mark.parametrize("script", ["sta_tpo", "sta_ppo", "eval"])
@@ -187,11 +229,17 @@ def test_checkpoint_with_half_a_file(spoil, copy, refuses):
     refuses("eval", str(copy), "--checkpoint", copy)
 
 
+# ---- demonstrations ----
 @pytest.mark.parametrize(
     ("words", "spoil"),
-    [("no actions", {"actions": False}), ("pd_joint_pos", {"control_mode": "pd_joint_pos"}), ("not PickCube-v1", {"env_id": "StackCube-v1"}),
-     ("no successful", {"lengths": ()}), ("for this policy", {"size": 64})],
-)  # fmt: skip
+    [
+        ("no actions", {"actions": False}),
+        ("pd_joint_pos", {"control_mode": "pd_joint_pos"}),
+        ("not PickCube-v1", {"env_id": "StackCube-v1"}),
+        ("no successful", {"lengths": ()}),
+        ("for this policy", {"size": 64}),
+    ],
+)
 def test_demonstrations_that_do_not_fit(words, spoil, tmp_path, refuses):
     refuses("sft", words, "--demo-path", write_demos(tmp_path / "demos.h5", **spoil))
 
@@ -203,54 +251,107 @@ def test_demonstrations_with_a_file_missing(name, tmp_path, refuses):
     refuses("sft", "cannot read", "--demo-path", tmp_path / "demos.h5")
 
 
+# ---- numbers and flags ----
 def test_sizes_that_do_not_divide(checkpoint, refuses):
-    refuses("sta_ppo", "--num-minibatches 7", "--checkpoint", checkpoint, "--num-minibatches", 7)
+    flags = ("--checkpoint", checkpoint, "--num-minibatches", 7)
+    refuses("sta_ppo", "--num-minibatches 7", *flags)
 
 
 @pytest.mark.parametrize(
     ("script", "flag", "value"),
-    [("sft", "--batch-size", 0), ("sft", "--num-demos", 0), ("sta_tpo", "--rollouts-per-state", 1), ("sta_tpo", "--chunk-size", 0),
-     ("sta_ppo", "--num-steps", 0), ("sta_ppo", "--num-minibatches", 0), ("eval", "--num-eval-episodes", 0),
-     ("sft", "--learning-rate", -1e-3), ("sft", "--demo-noise", -0.1), ("sta_tpo", "--beta", -5.0), ("sta_tpo", "--cost-margin", -1.0),
-     ("sta_ppo", "--max-grad-norm", -1.0), ("sta_ppo", "--clip-coef", -0.2), ("sta_ppo", "--gamma", float("nan")), ("sta_ppo", "--gamma", float("inf"))],
-)  # fmt: skip
+    [
+        ("sft", "--batch-size", 0),
+        ("sft", "--num-demos", 0),
+        ("sta_tpo", "--rollouts-per-state", 1),
+        ("sta_tpo", "--chunk-size", 0),
+        ("sta_ppo", "--num-steps", 0),
+        ("sta_ppo", "--num-minibatches", 0),
+        ("eval", "--num-eval-episodes", 0),
+        ("sft", "--learning-rate", -1e-3),
+        ("sft", "--demo-noise", -0.1),
+        ("sta_tpo", "--beta", -5.0),
+        ("sta_tpo", "--cost-margin", -1.0),
+        ("sta_ppo", "--max-grad-norm", -1.0),
+        ("sta_ppo", "--clip-coef", -0.2),
+        ("sta_ppo", "--gamma", float("nan")),
+        ("sta_ppo", "--gamma", float("inf")),
+    ],
+)
 def test_numbers_that_would_turn_a_loss_or_a_loop_around(script, flag, value, checkpoint, refuses):
     refuses(script, flag, *start(script, checkpoint), flag, value)
 
 
-@pytest.mark.parametrize(("script", "flags"), [("sft", ["--track"]), ("eval", ["--backend", "cuda"]), ("sta_ppo", ["--backend", "cuda"])])
-def test_what_is_not_here_is_said_before_anything_is_made(script, flags, checkpoint, refuses, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("sft", ["--track"]),
+        ("eval", ["--backend", "cuda"]),
+        ("sta_ppo", ["--backend", "cuda"]),
+    ],
+)
+def test_what_is_not_here_is_said_before_anything_is_made(
+    script, flags, checkpoint, refuses, monkeypatch
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    refuses(script, f"{flags[0]} {' '.join(flags[1:])}".strip() + " needs", *start(script, checkpoint), *flags)
+    words = " ".join([*flags, "needs"])
+    refuses(script, words, *start(script, checkpoint), *flags)
 
 
 def test_results_that_cannot_be_compared(tmp_path, refuses):
-    row = {"method": "SFT", "env_id": "PickCube-v1", "success_once": 0.0, "success_at_end": 0.0, "stage_reach_rate": [0.0] * 4}
-    for name, first in (("a", 0), ("b", 10)):
+    row = {
+        "method": "SFT",
+        "env_id": "PickCube-v1",
+        "success_once": 0.0,
+        "success_at_end": 0.0,
+        "stage_reach_rate": [0.0] * 4,
+    }
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    for file, first in ((a, 0), (b, 10)):
         episodes = [{"seed": first + i, "success_once": False} for i in range(3)]
-        (tmp_path / f"{name}.json").write_text(json.dumps({**row, "episodes": episodes}))
-    refuses("eval", "share fewer than two seeds", "--compare", tmp_path / "a.json", tmp_path / "b.json")
-    refuses("eval", "cannot read", "--compare", tmp_path / "a.json", tmp_path / "nowhere.json")
+        file.write_text(json.dumps({**row, "episodes": episodes}))
+    refuses("eval", "share fewer than two seeds", "--compare", a, b)
+    refuses("eval", "cannot read", "--compare", a, tmp_path / "nowhere.json")
     for text in ("{}", json.dumps({**row, "episodes": [{"success_once": False}]})):
-        (tmp_path / "a.json").write_text(text)
-        refuses("eval", "cannot read", "--compare", tmp_path / "a.json", tmp_path / "b.json")
+        a.write_text(text)
+        refuses("eval", "cannot read", "--compare", a, b)
+
+
+# ---- the same from a shell ----
+NO_RENDERER = {"VK_ICD_FILENAMES": "/nonexistent.json", "VK_DRIVER_FILES": "/nonexistent.json"}
 
 
 @pytest.mark.parametrize(
     ("words", "script", "args", "env"),
     [
         ("PickCube-v1", "sft.py", ["--env-id", "PickCub-v1"], {}),
-        pytest.param("--num-minibatches 7", "sta_ppo.py", ["--num-minibatches", 7], {}, marks=pytest.mark.slow),
-        pytest.param("at least 2", "sta_tpo.py", ["--rollouts-per-state", 1], {}, marks=pytest.mark.slow),
-        pytest.param("no checkpoint at that place", "eval.py", ["--checkpoint", "nowhere"], {}, marks=pytest.mark.slow),
-        ("setup.sh", "sft.py", [], {"VK_ICD_FILENAMES": "/nonexistent.json", "VK_DRIVER_FILES": "/nonexistent.json"}),
+        pytest.param(
+            "--num-minibatches 7",
+            "sta_ppo.py",
+            ["--num-minibatches", 7],
+            {},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "at least 2", "sta_tpo.py", ["--rollouts-per-state", 1], {}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "no checkpoint at that place",
+            "eval.py",
+            ["--checkpoint", "nowhere"],
+            {},
+            marks=pytest.mark.slow,
+        ),
+        ("setup.sh", "sft.py", [], NO_RENDERER),
     ],
     ids=["env", "sizes", "tpo", "checkpoint", "renderer"],
 )
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(words, script, args, env, tmp_path):
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
+    words, script, args, env, tmp_path
+):
     done = cli(script, *args, "--output-dir", "out", cwd=tmp_path, **env)
     assert done.returncode == 2 and done.stdout == ""
-    (line,) = (line for line in done.stderr.splitlines() if "[svulkan2]" not in line)  # the renderer's own log
+    # The renderer's own log is not ours.
+    (line,) = (line for line in done.stderr.splitlines() if "[svulkan2]" not in line)
     assert line.startswith("error: ") and words in line
     assert list(tmp_path.rglob("*")) == []

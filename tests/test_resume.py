@@ -1,6 +1,8 @@
-"""A run that dies after its first save and is resumed ends like one that never stopped, bit for bit."""
+"""A run that dies after its first save and is resumed equals a straight one, bit for bit."""
+
 import itertools
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from conftest import call, differing, invent_rollouts, scalars, write_demos
 
 import sft
 import sta_tpo
-from stare_utils import UserError
+from plumbing.run import Run
+from world.tasks import UserError
 
 
 class Stopped(Exception):
@@ -16,8 +19,8 @@ class Stopped(Exception):
 
 
 def die_after_first_save(script, monkeypatch, *args):
-    def save_and_die(*parts):
-        save(*parts)
+    def save_and_die(*parts, **named):
+        save(*parts, **named)
         raise Stopped
 
     with monkeypatch.context() as patch:
@@ -28,47 +31,59 @@ def die_after_first_save(script, monkeypatch, *args):
 
 
 def check_resume(script, monkeypatch, tmp_path, *args):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    straight = tmp_path / "straight"
+    stopped = tmp_path / "stopped"
     call(script, *args, "--output-dir", straight)
     die_after_first_save(script, monkeypatch, *args, "--output-dir", stopped)
-    assert differing(straight / "checkpoint", stopped / "checkpoint")  # it did stop early
-    for _ in range(2):  # the second time there is nothing left to do
+    # The run did stop early.
+    assert differing(straight / "checkpoint", stopped / "checkpoint")
+    # The second time there is nothing left to do.
+    for _ in range(2):
         call(script, *args, "--output-dir", stopped, "--resume")
         assert differing(straight / "checkpoint", stopped / "checkpoint") == []
 
 
 def test_what_was_logged_after_the_last_save_is_not_logged_twice(tmp_path):
-    args = sft.Args(output_dir=str(tmp_path), resume=True)
-    for begin, end in ((0, 5), (3, 6)):  # stopped after step 5, saved after 3
-        time.sleep(1)  # TensorBoard reads files in the order of their names, which tell seconds apart and no less
-        _, writer = sft.open_run(args, "sft", 0, begin)
+    settings = asdict(sft.Args(output_dir=str(tmp_path), resume=True))
+    # The run was stopped after step 5 and saved after step 3.
+    for begin, end in ((0, 5), (3, 6)):
+        # TensorBoard reads files in the order of their names, which count in whole seconds.
+        time.sleep(1)
+        run = Run("sft", str(tmp_path), True, 0)
+        run.open(settings, str(tmp_path), begin)
         for step in range(begin + 1, end + 1):
-            writer.add_scalar("losses/ce", 10 * begin + step, step)
-        writer.close()
+            run.log({"losses/ce": 10 * begin + step}, step)
+        run.writer.close()
     assert scalars(tmp_path)["losses/ce"] == [1, 2, 3, 34, 35, 36]
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_sft_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
-    demos, vla = write_demos(tmp_path / "demos.h5"), checkpoint if lora_rank else "tiny"
-    check_resume(sft, monkeypatch, tmp_path, "--demo-path", demos, "--num-updates", 5, "--save-freq", 2, "--batch-size", 4,
-                 "--lora-rank", lora_rank, "--vla", vla, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
+    demos = write_demos(tmp_path / "demos.h5")
+    start = ("--vla", checkpoint if lora_rank else "tiny")
+    data = ("--demo-path", demos)
+    rank = ("--lora-rank", lora_rank)
+    flags = "--num-updates 5 --save-freq 2 --batch-size 4 --num-eval-episodes 0 --no-cuda"
+    check_resume(sft, monkeypatch, tmp_path, *data, *rank, *start, *flags.split())
+    again = ("--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
     with pytest.raises(UserError, match=f"begun with lora_rank = {lora_rank}, not 3"):
-        call(sft, "--demo-path", demos, "--lora-rank", 3, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
+        call(sft, *data, "--lora-rank", 3, *again)
     with pytest.raises(UserError, match="begun with env_id = PickCube-v1, not PushCube-v1"):
-        call(sft, "--env-id", "PushCube-v1", "--lora-rank", lora_rank, "--vla", vla, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
+        call(sft, "--env-id", "PushCube-v1", *rank, *start, *again)
     with pytest.raises(UserError, match="begun with seed = 1, not 2"):
-        call(sft, "--seed", 2, "--lora-rank", lora_rank, "--vla", vla, "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
+        call(sft, "--seed", 2, *rank, *start, *again)
     with pytest.raises(UserError, match="begun with vla = .*, not /another"):
-        call(sft, "--demo-path", demos, "--lora-rank", lora_rank, "--vla", "/another", "--output-dir", tmp_path / "stopped", "--resume", "--no-cuda")
+        call(sft, *data, *rank, "--vla", "/another", *again)
 
 
 def test_sft_s_chunks_and_gradient_checkpointing_change_no_gradient(tmp_path):
     demos = write_demos(tmp_path / "demos.h5")
-    for name, flags in (("whole", ()), ("parts", ("--chunk-size", 3, "--gradient-checkpointing"))):
-        call(sft, "--demo-path", demos, "--num-updates", 2, "--batch-size", 8, "--num-eval-episodes", 0, "--no-cuda", *flags,
-             "--output-dir", tmp_path / name)  # fmt: skip
-    whole, parts = (scalars(tmp_path / name) for name in ("whole", "parts"))
+    flags = "--num-updates 2 --batch-size 8 --num-eval-episodes 0 --no-cuda"
+    for name, more in (("whole", ""), ("parts", "--chunk-size 3 --gradient-checkpointing")):
+        folders = ("--demo-path", demos, "--output-dir", tmp_path / name)
+        call(sft, *folders, *flags.split(), *more.split())
+    whole = scalars(tmp_path / "whole")
+    parts = scalars(tmp_path / "parts")
     for key in ("losses/grad_norm", "losses/ce", "losses/aux", "losses/stage_accuracy"):
         assert parts[key] == pytest.approx(whole[key], rel=1e-3), key
     assert whole["losses/grad_norm"][0] > 0.1
@@ -76,9 +91,17 @@ def test_sft_s_chunks_and_gradient_checkpointing_change_no_gradient(tmp_path):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_sta_tpo_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
-    rollouts, seeds = invent_rollouts([11, 22]), itertools.count()
-    # Sampling leaves other random numbers in each process, and in a run that goes on; a new adapter must not depend on them
-    monkeypatch.setattr(sta_tpo, "collect_rollouts", lambda *args: torch.manual_seed(next(seeds)) and [])
-    monkeypatch.setattr(sta_tpo, "read_rollouts", lambda folder: list(rollouts))
-    check_resume(sta_tpo, monkeypatch, tmp_path, "--checkpoint", checkpoint, "--batch-size", 8, "--num-epochs", 2, "--save-freq", 3,
-                 "--lora-rank", lora_rank, "--num-eval-episodes", 0, "--no-cuda")  # fmt: skip
+    rollouts = invent_rollouts([11, 22])
+    seeds = itertools.count()
+
+    def collect(*args):
+        # Sampling leaves other random numbers in each process, and in a run that goes on. A new
+        # adapter must not depend on them.
+        torch.manual_seed(next(seeds))
+        return []
+
+    monkeypatch.setattr(sta_tpo, "collect_rollouts", collect)
+    monkeypatch.setattr(sta_tpo, "read_rollouts", lambda files: list(rollouts))
+    flags = "--batch-size 8 --num-epochs 2 --save-freq 3 --num-eval-episodes 0 --no-cuda"
+    start = ("--checkpoint", checkpoint, "--lora-rank", lora_rank)
+    check_resume(sta_tpo, monkeypatch, tmp_path, *start, *flags.split())

@@ -1,4 +1,8 @@
-"""The scripts as the README calls them: sft.py -> sta_tpo.py -> sta_ppo.py -> eval.py, each finding the run before it. And all of it in ipi.sh."""
+"""The scripts as the README calls them: sft.py -> sta_tpo.py -> sta_ppo.py -> eval.py.
+
+Each finds the run before it. ipi.sh runs all of them.
+"""
+
 import json
 import math
 import os
@@ -9,9 +13,8 @@ import pytest
 import torch
 from conftest import PPO_UPDATE, ROOT, TASK, differing, output_of, scalars, tensors
 
-import sta_tpo
-import stare_utils
-import vla
+from plumbing.checkpoint import find_checkpoint, read_state
+from world.tasks import EVAL_SEED, TRAIN_SEEDS
 
 K = len(TASK.stages)
 
@@ -19,17 +22,22 @@ K = len(TASK.stages)
 def written(run) -> dict:
     """args.json of a run's checkpoint, after a look at its other files."""
     files = {file.name for file in (run / "checkpoint").iterdir()}
-    assert {"config.json", "model.safetensors", "args.json", "training_state.safetensors"} <= files
+    expected = {"config.json", "model.safetensors", "args.json", "training_state.safetensors"}
+    assert expected <= files
     assert list(run.glob("events.out.tfevents.*"))
     return json.loads((run / "checkpoint/args.json").read_text())
 
 
 def test_sft_makes_demonstrations_and_a_checkpoint_with_statistics(sft_run):
     assert written(sft_run)["method"] == "SFT"
-    stats = json.loads((sft_run / "checkpoint/config.json").read_text())["norm_stats"]["PickCube-v1"]
-    assert len(stats["action"]["q01"]) == len(stats["action"]["q99"]) == 7 and len(stats["proprio"]["mean"]) == 8
+    config = json.loads((sft_run / "checkpoint/config.json").read_text())
+    stats = config["norm_stats"]["PickCube-v1"]
+    assert len(stats["action"]["q01"]) == len(stats["action"]["q99"]) == 7
+    assert len(stats["proprio"]["mean"]) == 8
     episodes = json.loads((sft_run / "demos_PickCube-v1.json").read_text())["episodes"]
-    assert len(episodes) == 3 and all(episode["success"] and episode["episode_seed"] < stare_utils.TRAIN_SEEDS for episode in episodes)
+    assert len(episodes) == 3
+    assert all(episode["success"] for episode in episodes)
+    assert all(episode["episode_seed"] < TRAIN_SEEDS for episode in episodes)
 
 
 def test_sta_tpo_starts_from_sft_at_ln_2_and_keeps_finished_rollouts(sft_run, tpo_run):
@@ -37,94 +45,133 @@ def test_sta_tpo_starts_from_sft_at_ln_2_and_keeps_finished_rollouts(sft_run, tp
     assert args["method"] == "STA-TPO" and sft_run.name in args["checkpoint"]
     assert curves["losses/tpo_loss"][0] == pytest.approx(math.log(2), abs=1e-6)
     assert curves["rewards/margins"][0] == pytest.approx(0, abs=1e-5)
-    assert len(list((tpo_run / "rollouts").iterdir())) == 6 and args["env_steps"] > 37  # the invented four have 37 steps
+    # The four invented roll-outs have 37 steps.
+    assert len(list((tpo_run / "rollouts").iterdir())) == 6 and args["env_steps"] > 37
     before, after = (tensors(run / "checkpoint") for run in (sft_run, tpo_run))
-    assert {name.split("/")[0] for name in before.keys() - after.keys()} == {"separator.safetensors", "heads.safetensors"}  # SFT's own
+    # The heads are those of sft.py alone.
+    dropped = {name.split("/")[0] for name in before.keys() - after.keys()}
+    assert dropped == {"separator.safetensors", "heads.safetensors"}
     assert any(not torch.equal(before[name], value) for name, value in after.items())
 
 
 def test_sta_ppo_starts_from_sta_tpo_with_ratio_1_and_kl_0(tpo_run, ppo_run):
     args, curves = written(ppo_run), scalars(ppo_run)
-    assert args["method"] == "STA-PPO" and tpo_run.name in args["checkpoint"] and args["env_steps"] == 4 * PPO_UPDATE
-    assert all(abs(ratio - 1) < 1e-4 for ratio in curves["losses/first_ratio"]) and len(curves["losses/first_ratio"]) == 4
+    assert args["method"] == "STA-PPO" and tpo_run.name in args["checkpoint"]
+    assert args["env_steps"] == 4 * PPO_UPDATE
+    ratios = curves["losses/first_ratio"]
+    assert all(abs(ratio - 1) < 1e-4 for ratio in ratios) and len(ratios) == 4
     assert all(gap < 1e-3 for gap in curves["losses/rollout_update_logprob_gap"])
-    assert all(abs(kl) < 1e-6 for kl in curves["losses/approx_kl"][:2])  # the policy stands still while the critic warms up
+    # The policy stands still while the critic warms up.
+    assert all(abs(kl) < 1e-6 for kl in curves["losses/approx_kl"][:2])
     assert all(math.isfinite(value) for values in curves.values() for value in values)
     assert 0 <= curves["eval/success_once"][0] <= 1
 
 
 @pytest.fixture(scope="module")
 def resumed_run(workspace, tpo_run, ppo_run):
-    """The same as ppo_run, stopped after two updates (a copy of that checkpoint is left in stopped/) and resumed."""
+    """The same as ppo_run, but stopped after two updates and resumed.
+
+    A copy of the checkpoint at which it stopped is left in stopped/.
+    """
     args = json.loads((ppo_run / "checkpoint/args.json").read_text())
-    flags = [f"--{name.replace('_', '-')}={args[name]}" for name in ("num_envs", "num_steps", "num_minibatches", "critic_warmup", "checkpoint")]
+    names = ("num_envs", "num_steps", "num_minibatches", "critic_warmup", "checkpoint")
+    same = [f"--{name.replace('_', '-')}={args[name]}" for name in names]
     run = workspace / "runs/resumed"
+    flags = "--env-id PickCube-v1 --num-eval-episodes 0 --resume --no-anneal-lr --no-cuda"
     for total in (2 * PPO_UPDATE, 4 * PPO_UPDATE):
-        output_of("sta_ppo.py", "--env-id", "PickCube-v1", *flags, "--total-timesteps", total, "--num-eval-episodes", 0, "--output-dir", run,
-                  "--resume", "--no-anneal-lr", "--no-cuda", cwd=workspace)  # fmt: skip
+        more = ("--total-timesteps", total, "--output-dir", run)
+        output_of("sta_ppo.py", *flags.split(), *same, *more, cwd=workspace)
         if total == 2 * PPO_UPDATE:
-            subprocess.run(["cp", "-r", run / "checkpoint", workspace / "runs/stopped"], check=True)
+            copy = ["cp", "-r", run / "checkpoint", workspace / "runs/stopped"]
+            subprocess.run(copy, check=True)
     return run
 
 
 def test_ppo_stopped_and_resumed_equals_straight_bit_for_bit(ppo_run, resumed_run):
     assert "value_head.safetensors/layers.1.weight" in tensors(ppo_run / "checkpoint")
     assert differing(ppo_run / "checkpoint", resumed_run / "checkpoint") == []
-    straight, resumed = (vla.read_state(run / "checkpoint") for run in (ppo_run, resumed_run))
-    assert str(straight["recent"]) == str(resumed["recent"]) and straight["recent"]  # in text, where no number equals no number
+    straight, resumed = (read_state(run / "checkpoint") for run in (ppo_run, resumed_run))
+    # They are compared as text, because NaN does not equal NaN.
+    assert str(straight["recent"]) == str(resumed["recent"]) and straight["recent"]
     assert straight["first"]["losses/entropy"] == resumed["first"]["losses/entropy"]
 
 
-def test_critic_warmup_trains_the_value_head_alone_and_then_everything_moves(workspace, tpo_run, ppo_run, resumed_run):
-    before, warm, after = (tensors(folder) for folder in (tpo_run / "checkpoint", workspace / "runs/stopped", ppo_run / "checkpoint"))
+def test_critic_warmup_trains_the_value_head_alone_and_then_everything_moves(
+    workspace, tpo_run, ppo_run, resumed_run
+):
+    before = tensors(tpo_run / "checkpoint")
+    warm = tensors(workspace / "runs/stopped")
+    after = tensors(ppo_run / "checkpoint")
     assert [name for name in before if not torch.equal(before[name], warm[name])] == []
-    assert warm["value_head.safetensors/layers.3.weight"].any()  # begins at zero
+    # The value head's last layer begins at zero.
+    assert warm["value_head.safetensors/layers.3.weight"].any()
     assert [name for name in warm if torch.equal(warm[name], after[name])] == []
     assert scalars(ppo_run)["charts/learning_rate"] == pytest.approx([0, 0, 5e-5, 5e-5])
-    moments = vla.read_state(workspace / "runs/stopped")["moments"].values()
-    assert moments and all(row["exp_avg_sq"].any() and not row["exp_avg"].any() for row in moments)  # its directions are forgotten
+    # Adam's first moments are forgotten.
+    moments = read_state(workspace / "runs/stopped")["moments"].values()
+    assert moments
+    assert all(row["exp_avg_sq"].any() and not row["exp_avg"].any() for row in moments)
 
 
 @pytest.fixture(scope="module")
 def evaluated(workspace, ppo_run):
     """What eval.py prints about the end of the chain."""
-    return output_of("eval.py", "--checkpoint", ppo_run, "--num-eval-episodes", 2, "--num-envs", 2, "--capture-video", "--no-cuda", cwd=workspace)
+    flags = "--num-eval-episodes 2 --num-envs 2 --capture-video --no-cuda"
+    return output_of("eval.py", "--checkpoint", ppo_run, *flags.split(), cwd=workspace)
 
 
 def test_eval_writes_a_result_row_and_a_video(evaluated, ppo_run):
     assert "success_once" in evaluated and all(name in evaluated for name in TASK.stages)
     row = json.loads((ppo_run / "results.json").read_text())
-    contract = "method env_id seed num_episodes success_once success_at_end stage_reach_rate env_steps wall_s commit command"
+    contract = (
+        "method env_id seed num_episodes success_once success_at_end stage_reach_rate env_steps "
+        "wall_s commit command"
+    )
     assert set(contract.split()) <= row.keys()
-    assert (row["method"], row["env_id"], row["seed"], row["num_episodes"], row["env_steps"]) == ("STA-PPO", "PickCube-v1", 1, 2, 4 * PPO_UPDATE)
-    assert len(row["stage_reach_rate"]) == K and row["stage_reach_rate"][-1] == row["success_once"]
-    assert all(episode["seed"] >= stare_utils.EVAL_SEED and episode["episode_len"] == 50 for episode in row["episodes"]) and len(row["episodes"]) == 2
+    found = [row[name] for name in ("method", "env_id", "seed", "num_episodes", "env_steps")]
+    assert found == ["STA-PPO", "PickCube-v1", 1, 2, 4 * PPO_UPDATE]
+    rates = row["stage_reach_rate"]
+    assert len(rates) == K and rates[-1] == row["success_once"]
+    assert len(row["episodes"]) == 2
+    for episode in row["episodes"]:
+        assert episode["seed"] >= EVAL_SEED and episode["episode_len"] == 50
     frames = imageio.v3.imread(ppo_run / "video.mp4")
     assert frames.shape == (50, 256, 512, 3) and frames.std() > 10
     summary = (ppo_run / "summary.md").read_text()
-    assert evaluated.splitlines()[1] in summary and "Trained by `python " in summary and "torch 2" in summary
+    assert evaluated.splitlines()[1] in summary
+    assert "Trained by `python " in summary and "torch 2" in summary
     for picture in ("curves.png", "stages.png"):
         assert picture in summary and imageio.v3.imread(ppo_run / picture).std() > 10
 
 
 @pytest.mark.slow
 def test_eval_compares_results_on_their_common_seeds(evaluated, ppo_run, workspace):
-    table = output_of("eval.py", "--compare", ppo_run / "results.json", ppo_run / "results.json", cwd=workspace)
-    assert table.count("STA-PPO") == 2 and "+0.000 [-0.490, +0.490]" in table  # two pairs alike and the two that the interval adds
+    results = ppo_run / "results.json"
+    table = output_of("eval.py", "--compare", results, results, cwd=workspace)
+    # The interval is that of two equal pairs and the two that it adds.
+    assert table.count("STA-PPO") == 2 and "+0.000 [-0.490, +0.490]" in table
 
 
 @pytest.mark.slow
 def test_smoke_run_of_the_whole_pipeline_prints_a_table():
-    done = subprocess.run(["./ipi.sh", "PickCube-v1"], cwd=ROOT, env={**os.environ, "SMOKE": "1"}, capture_output=True, text=True)
+    command = ["./ipi.sh", "PickCube-v1"]
+    environ = {**os.environ, "SMOKE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("here; ") == 6 and all(f"  {script}.py, then eval.py" in done.stdout for script in ("sft", "sta_tpo", "sta_ppo"))
-    table = done.stdout.split("success_once")[-1]  # the last one compares all stages
-    assert [line.split()[0] for line in table.splitlines()[1:4]] == ["SFT", "STA-TPO", "STA-PPO"]
+    assert done.stdout.count("here; ") == 6
+    for script in ("sft", "sta_tpo", "sta_ppo"):
+        assert f"  {script}.py, then eval.py" in done.stdout
+    # The last table compares all stages.
+    table = done.stdout.split("success_once")[-1]
+    methods = [line.split()[0] for line in table.splitlines()[1:4]]
+    assert methods == ["SFT", "STA-TPO", "STA-PPO"]
 
 
 def test_the_newest_run_is_the_one_to_start_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for seed, written in ((1, 2e9), (2, 1e9), (3, 1.5e9)):
-        (folder := tmp_path / f"runs/PickCube-v1__sft__{seed}__0/checkpoint").mkdir(parents=True)
-        os.utime(folder, (written, written))
-    assert sta_tpo.find_checkpoint("PickCube-v1", ("sft",)) == "runs/PickCube-v1__sft__1__0/checkpoint"
+    for seed, time in ((1, 2e9), (2, 1e9), (3, 1.5e9)):
+        folder = tmp_path / f"runs/PickCube-v1__sft__{seed}__0/checkpoint"
+        folder.mkdir(parents=True)
+        os.utime(folder, (time, time))
+    newest = "runs/PickCube-v1__sft__1__0/checkpoint"
+    assert find_checkpoint("PickCube-v1", ("sft",)) == newest
