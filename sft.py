@@ -122,7 +122,7 @@ class Args:
     batch_size: int = 64
     """frames per optimiser step, of each process"""
     chunk_size: int = 128
-    """samples per forward and backward pass of an update: bounds its memory, changes no result"""
+    """samples per forward and backward pass of an update: bounds memory, not the result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations again in the backward pass: less memory, a third more work"""
     max_grad_norm: float = 1.0
@@ -146,7 +146,7 @@ class Args:
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
     """Log-probability of given actions, in one pass that is given all of their tokens.
 
-    It is the same function of the weights as that of `sample_action`.
+    The log-probability is the same function of the weights as in `sample_action`.
     inputs: what the processor returns. bins: (B, A) long. active: (A,) or (B, A) bool.
     Returns logprob (B,) fp32 and entropy (B,), both sums over the active tokens, hidden (B, D) at
     the token before the first action token, and the likeliest bins (B, A).
@@ -170,7 +170,8 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     logprob = (chosen_logp * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
     assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action"
-    # logits_to_keep=A keeps the last A positions: the first of them predicts the first token.
+    # logits_to_keep=A keeps the last A positions of logits and hidden states alike. The first of
+    # them is the token before the first action token.
     hidden = out.last_hidden_state[:, 0]
     return logprob, entropy, hidden, logp.argmax(-1)
 
@@ -441,9 +442,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
     first_step = step
     start_row = time.time()
     model.train()
-    progress = Progress(
-        total=args.num_updates, initial=step, desc="sft", unit="update", disable=rank > 0
-    )
+    progress = Progress(total=args.num_updates, initial=step, desc="sft", unit="update")
     while Stop.hold(step < args.num_updates):
         # ---- batch: the step's number decides it, so that a resumed run sees the same data ----
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)

@@ -7,7 +7,8 @@ It is step 3 of IPI: sft.py (imitation), sta_tpo.py (preference), sta_ppo.py (in
     python sta_ppo.py --env-id PickCube-v1 --reward sparse
         plain PPO, the ablation (--reward dense is ManiSkill's own reward)
 
-    r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t))      Phi(s) = k + phi_k(s), 0 if terminal
+    r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t))
+    Phi(s) = k + phi_k(s): k = 0 .. K - 1 is the stage of s, phi_k in [0, 1] its progress
     loss = -mean min(ratio * adv, clip(ratio, 1 - eps, 1 + eps) * adv)
            + c_v * mean (V - return)^2 / 2 + c_kl * mean (log pi - log pi_start)^2 / 2
 
@@ -15,20 +16,21 @@ r' is the paper's stage reward. Ours are the term k, the scale of phi_k, and Phi
 state (docs/sta_ppo.md says why). The ratio is that of the whole action: its log-probability is the
 sum over the action's tokens.
 
-What differs from CleanRL's ppo.py, from RL4VLA, or from both:
-- A truncated episode is bootstrapped with the value of its final observation (both).
-- Advantages are normalised once over the whole buffer (CleanRL: per minibatch).
-- Logged losses are means over the update (CleanRL: the last minibatch).
-- The critic has a warm-up (both), a learning rate of its own and no clipping (CleanRL).
-- There is no entropy bonus (both). The optimiser is AdamW with betas (0.9, 0.95).
-- All episodes start again every ceil(horizon / T) updates (both).
+What differs from CleanRL's ppo.py:
+- A truncated episode is bootstrapped with the value of its final observation.
+- Advantages are normalised once over the whole buffer, not in each minibatch.
+- Logged losses are means over the update, not those of the last minibatch.
+- The critic has a warm-up and a learning rate of its own. Its loss is not clipped.
+- There is no entropy bonus. The optimiser is AdamW with betas (0.9, 0.95).
+- All episodes start again every ceil(horizon / T) updates.
+docs/sta_ppo.md compares with RL4VLA.
 
 Comments that begin with STARE show where stages enter PPO. To change what one stage pays, edit its
 `distance` or `length` in world/tasks.py; to change the formula, edit `stage_potential` in
 stare_utils.py. A new task is an entry of TASKS in world/tasks.py (docs/tasks.md) and needs nothing
 here. Imitate it first with sft.py.
-Letters: T steps of a roll-out, N envs, n envs of one half, B steps in a batch, A action tokens,
-D hidden width, K stages.
+Letters: T steps of a roll-out, N envs, n envs of one half, B steps in a batch of one process,
+A action tokens, D hidden width, K stages.
 """
 
 import math
@@ -144,7 +146,7 @@ class Args:
     update_epochs: int = 2
     """passes over each roll-out"""
     chunk_size: int = 128
-    """samples per forward and backward pass of an update: bounds its memory, changes no result"""
+    """samples per forward and backward pass of an update: bounds memory, not the result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations again in the backward pass: less memory, a third more work"""
     clip_coef: float = 0.2
@@ -188,7 +190,7 @@ class Args:
     num_iterations: int = 0
     """total_timesteps / batch_size, rounded up (computed)"""
     round_length: int = 0
-    """a round is the updates from one start of all episodes to the next: how many (computed)"""
+    """number of updates in a round, which begins where all episodes start again (computed)"""
     episodes_per_round: int = 0
     """episodes of each env that end within a round even if all reach the horizon (computed)"""
 
@@ -236,7 +238,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
     """Log-probability of given actions, in one pass that is given all of their tokens.
 
-    It is the same function of the weights as that of `sample_action`.
+    The log-probability is the same function of the weights as in `sample_action`.
     inputs: what the processor returns. bins: (B, A) long. active: (A,) or (B, A) bool.
     Returns logprob (B,) fp32 and entropy (B,), both sums over the active tokens, hidden (B, D) at
     the token before the first action token, and the likeliest bins (B, A).
@@ -260,7 +262,8 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     logprob = (chosen_logp * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
     assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action"
-    # logits_to_keep=A keeps the last A positions: the first of them predicts the first token.
+    # logits_to_keep=A keeps the last A positions of logits and hidden states alike. The first of
+    # them is the token before the first action token.
     hidden = out.last_hidden_state[:, 0]
     return logprob, entropy, hidden, logp.argmax(-1)
 
@@ -311,9 +314,10 @@ class Buffers:
         # PPO's old log-probabilities, one per action
         self.logprobs = torch.zeros(T, N, device=device)
         self.rewards = torch.zeros(T, N, device=device)
-        # Step t has ended the episode: by success, or by success or the horizon. (CleanRL's
-        # dones[t] is about step t - 1.)
+        # Step t has ended the episode by success.
         self.terminated = torch.zeros(T, N, dtype=torch.bool, device=device)
+        # Step t has ended the episode by success or at the horizon. (In CleanRL dones[t] is about
+        # step t - 1.)
         self.done = torch.zeros(T, N, dtype=torch.bool, device=device)
         # V of the final observation, where step t has ended the episode
         self.final_values = torch.zeros(T, N, device=device)
@@ -334,13 +338,14 @@ class Buffers:
         return {name: value[t, half] for name, value in self.obs.items()}
 
     def carry_last_state(self) -> None:
-        """The last state of a roll-out is the first one of the next. Its value is made again."""
+        """Begins a roll-out where the one before has ended. The value there is computed again."""
         for buffer in (*self.obs.values(), self.stages, self.potentials):
             buffer[0] = buffer[-1]
 
     def reset(self, envs, seed: int, stage_of) -> dict:
-        """Starts all episodes. Returns their infos."""
-        obs, info = envs.reset(seed=seed)
+        """Starts all episodes, env i's with the seed + i. Returns their infos."""
+        # Training seeds are below TRAIN_SEEDS, evaluation seeds are not.
+        obs, info = envs.reset(seed=seed % (TRAIN_SEEDS - envs.num_envs))
         stage, phi = stage_of(obs, info)
         self.put_state(0, slice(None), obs, stage, phi)
         return info
@@ -430,9 +435,9 @@ def ppo_loss(logratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float)
 def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
     """mean (log pi - log pi_ref)^2 / 2 on the roll-out's actions, both (B,).
 
-    While the policy is still the one that sampled them, its gradient is that of KL(pi || pi_ref).
-    Its value is not that KL. The common estimator r - 1 - log r with r = pi_ref / pi has the value
-    of this KL, but the gradient of KL(pi_ref || pi).
+    On actions that pi itself has sampled, its gradient is the gradient of KL(pi || pi_ref). Its
+    value is another number. (The common estimator r - 1 - log r with r = pi_ref / pi estimates the
+    value of KL(pi || pi_ref), but its gradient is the gradient of KL(pi_ref || pi).)
     """
     assert logprob.shape == ref_logprob.shape, "shapes differ: this would broadcast"
     return 0.5 * (logprob - ref_logprob).square().mean()
@@ -481,7 +486,8 @@ def check_args(args: Args, world_size: int) -> Task:
             f"num_envs * num_steps = {steps} must be a multiple of "
             f"--num-minibatches {args.num_minibatches}, and more than 1"
         )
-    # minibatch_size counts all processes. Each has an equal share, because `steps` divides.
+    # A minibatch is spread over all processes. Their shares are equal, because `steps` is a
+    # multiple of num_minibatches.
     args.batch_size = world_size * steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_iterations = math.ceil(args.total_timesteps / args.batch_size)
@@ -559,7 +565,10 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
 
 
 def load_start(args: Args, run: Run, source: str, origin: str, device: torch.device):
-    """Model, processor and folder: on resume those of the checkpoint, else of the start policy."""
+    """Model, processor and folder of the policy to load now.
+
+    It is the checkpoint where a run without LoRA is resumed, else the start policy.
+    """
     # A LoRA checkpoint is merged. To go on, LoRA needs the start policy, and the adapter that
     # `resume` puts back.
     if run.state and not args.lora_rank:
@@ -656,8 +665,7 @@ def set_learning_rates(args: Args, optimizer, iteration: int) -> None:
 def reset_momentum(optimizer) -> None:
     """Sets Adam's momentum to zero, which the untrained critic has shaped."""
     for moments in optimizer.state.values():
-        # Adam's step count stays, so its bias correction does not enlarge the momentum while it
-        # grows again: the next ten steps or so are small.
+        # The momentum needs ten steps or so to grow again, and these steps are small.
         moments["exp_avg"].zero_()
 
 
@@ -665,7 +673,8 @@ def resume(run: Run, model, value_head: ValueHead, optimizer, statistics) -> dic
     """Puts a checkpoint's training state back. Returns the scalars of the first complete round."""
     if not run.state:
         return {}
-    # The learning rates are this call's own. Only the moments come from the checkpoint.
+    # save_checkpoint has added Adam's moments and the LoRA adapter to the state. The learning
+    # rates are this call's own.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": run.state["moments"]})
     value_head.load_state_dict(load_file(run.folder / "checkpoint" / "value_head.safetensors"))
     model.load_state_dict(run.state["adapter"], strict=False)
@@ -720,6 +729,11 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     return 1 - (unexplained / returns.var().clamp(min=1e-8)).item()
 
 
+def rounding_gap(model) -> float:
+    """By how many nats rounding alone may part the log-probabilities of an action."""
+    return 0.5 if model.dtype == torch.bfloat16 else 0.05
+
+
 def print_update(global_step: int, scalars: dict[str, float]) -> None:
     """One line per update. Success is unknown until the first round of episodes has ended."""
     success = scalars.get("charts/success_once", math.nan)
@@ -771,8 +785,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     check_world(args.env_id, backend=args.backend, reward=args.reward)
 
     # ---- set-up: build. A folder is made only now, when all input is known to be good ----
-    first_iteration = run.state["iteration"] if run.state else 0
-    run.open(asdict(args), args.output_dir, first_iteration * args.batch_size)
+    resumed_at = run.state["iteration"] if run.state else 0
+    run.open(asdict(args), args.output_dir, resumed_at * args.batch_size)
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
     optimizer = build_optimizer(args, params, value_head)
     statistics = EpisodeStatistics(task.stage_table, args.num_envs, args.gamma)
@@ -784,29 +798,32 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     buf = Buffers(T, N, len(active), processor.image_size, device)
     progress = Progress(
         total=args.num_iterations,
-        initial=first_iteration,
+        initial=resumed_at,
         desc="sta_ppo",
         unit="update",
         disable=rank > 0,
     )
-    iteration = first_iteration
+    iteration = resumed_at
+    # Stop.hold(x) is x. Inside the loop a signal waits until the update is saved.
     while Stop.hold(iteration < args.num_iterations):
-        # Seed, update and process decide all random numbers, so a resumed run draws the same ones.
+        # The same seed, update and process give the same random numbers, also after a resume.
         torch.manual_seed((args.seed * 1_000_003 + iteration) * world_size + rank)
         set_learning_rates(args, optimizer, iteration)
 
-        # ---- roll-out: half of the envs simulate while the policy acts for the other half ----
+        # ---- roll-out: one half of the envs simulates while the policy acts for the other ----
         start_rollout = time.time()
         # The env processes are the parallelism, so torch gets one thread.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        buf.carry_last_state()
         begins_round = iteration % args.round_length == 0
-        if begins_round or iteration == first_iteration:
+        if begins_round or iteration == resumed_at:
             first_seed = args.seed * 1_000_003 + (iteration * world_size + rank) * N
-            reset_info = buf.reset(envs, first_seed % (TRAIN_SEEDS - N), stage_of)
+            reset_info = buf.reset(envs, first_seed, stage_of)
+            # No episode counts in a round that a resumed run begins in its middle.
             statistics.begin_round(args.episodes_per_round if begins_round else 0)
             statistics.observe(slice(0, N), reset_info)
+        else:
+            buf.carry_last_state()
         # Each pass of the loop first receives the result of step t - 1, then acts for step t.
         for t in range(T + 1):
             for half in envs.halves:
@@ -826,6 +843,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                         next_phi[ended] = final_phi[ended]
                         inputs = codec.inputs({name: x[ended] for name, x in final_obs.items()})
                         value = value_of(model, value_head, inputs)
+                        # `half` is a slice, so this writes into the buffer and not into a copy.
                         buf.final_values[t - 1, half][ended] = value
                     reward = reward_scale * env_reward.to(device)
                     # STARE: the stage reward enters here. With weight 0 the env's reward stays.
@@ -857,8 +875,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         # ---- advantages: V is bootstrapped after a truncation, not after a termination ----
         inputs = codec.inputs(buf.obs_at(T, slice(None)))
         buf.values[T] = value_of(model, value_head, inputs)
-        # V of the true next state: the next row's (at the roll-out's end row T), or at an
-        # episode's end that of its final observation.
+        # V of the true next state. At an episode's end it is V of the final observation, else the
+        # value in the next row, of which the last one is row T.
         next_values = torch.where(buf.done, buf.final_values, buf.values[1:])
         advantages, returns = compute_gae(
             buf.rewards,
@@ -906,17 +924,15 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     # Otherwise the losses below would broadcast.
                     assert newlogprob.shape == newvalue.shape == b_returns[chunk].shape
 
-                    # policy loss
                     logratio = newlogprob - b_logprobs[chunk]
                     pg_loss = ppo_loss(logratio, b_advantages[chunk], args.clip_coef)
-                    # value loss
                     v_loss = 0.5 * (newvalue - b_returns[chunk]).square().mean()
                     # KL to the policy that the run started from
                     ref_loss = torch.zeros((), device=device)
                     if reference is not None:
                         ref_loss = kl_loss(newlogprob, b_ref_logprobs[chunk])
                     loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * ref_loss
-                    # The gradients of all chunks and processes add up to that of the mean.
+                    # The gradients of all chunks and processes add up to the minibatch's gradient.
                     share = len(chunk) / len(mb_inds) / world_size
                     (share * loss).backward()
 
@@ -929,7 +945,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                         **ratio_metrics(logratio.detach(), args.clip_coef),
                     )
                     if not metrics.minibatches:
-                        # The policy is still that of the roll-out: only rounding differs.
+                        # First minibatch: the policy is the roll-out's, so only rounding differs.
                         largest_logratio = logratio.detach().abs().max().maximum(largest_logratio)
                 trained = [*params, *value_head.parameters()]
                 parallel.sum_over_processes([p.grad for p in trained])
@@ -970,13 +986,12 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             **statistics.means(),
         }
         run.log(scalars, global_step)
-        if iteration % args.round_length == 0 and iteration - first_iteration >= args.round_length:
-            first_scalars = first_scalars or scalars
-        # the gap in nats that rounding alone may make
-        rounding = 0.5 if model.dtype == torch.bfloat16 else 0.05
-        run.warn(ppo_symptoms(first_scalars or scalars, scalars, weight, rounding))
+        if statistics.recent and not first_scalars:
+            # This is the first complete round. The warnings compare with it.
+            first_scalars = scalars
+        run.warn(ppo_symptoms(first_scalars or scalars, scalars, weight, rounding_gap(model)))
         print_update(global_step, scalars)
-        progress.update()
+        bar.update()
 
         # ---- save and evaluate ----
         saves = iteration % args.save_freq == 0 or iteration == args.num_iterations
@@ -1005,7 +1020,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         if evaluates and iteration < args.num_iterations and not Stop.leaving:
             log_evaluation(args, run, model, processor, global_step)
     # A run that a signal has stopped does not come here.
-    progress.close()
+    bar.close()
     envs.close()
     if rank == 0:
         log_evaluation(args, run, model, processor, iteration * args.batch_size)

@@ -126,7 +126,7 @@ class Args:
     """inverse temperature of the preference; a larger one keeps the policy nearer the reference"""
     cost: Literal["sum", "mean"] = "sum"
     """l_k is the sum of a segment's distances, in which each step costs, or the paper's mean, which
-    rewards lingering near the object (docs/results.md)"""
+    mostly prefers the slower roll-out (docs/results.md)"""
     cost_coef: float | None = None
     """lambda: weight of the stage cost in q^; costs are in units of L_k; empty: 0.01 with --cost
     sum, 0.1 with --cost mean, because a segment has some ten steps"""
@@ -149,7 +149,7 @@ class Args:
     batch_size: int = 64
     """pairs per optimiser step, of each process"""
     chunk_size: int = 128
-    """samples per forward and backward pass of an update: bounds its memory, changes no result"""
+    """samples per forward and backward pass of an update: bounds memory, not the result"""
     gradient_checkpointing: bool = False
     """compute a layer's activations again in the backward pass: less memory, a third more work"""
 
@@ -203,7 +203,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
     """Log-probability of given actions, in one pass that is given all of their tokens.
 
-    It is the same function of the weights as that of `sample_action`.
+    The log-probability is the same function of the weights as in `sample_action`.
     inputs: what the processor returns. bins: (B, A) long. active: (A,) or (B, A) bool.
     Returns logprob (B,) fp32 and entropy (B,), both sums over the active tokens, hidden (B, D) at
     the token before the first action token, and the likeliest bins (B, A).
@@ -227,7 +227,8 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
     logprob = (chosen_logp * active).sum(-1)
     entropy = (-(logp.exp() * logp).sum(-1) * active).sum(-1)
     assert logprob.shape == entropy.shape == bins.shape[:1], "one number per action"
-    # logits_to_keep=A keeps the last A positions: the first of them predicts the first token.
+    # logits_to_keep=A keeps the last A positions of logits and hidden states alike. The first of
+    # them is the token before the first action token.
     hidden = out.last_hidden_state[:, 0]
     return logprob, entropy, hidden, logp.argmax(-1)
 
@@ -244,7 +245,7 @@ def sta_tpo_loss(
 
     All (P,). Returns the loss per pair, and the chosen and rejected rewards beta * q^.
     """
-    # (P,) with (P, 1) would give P * P pairs without a word.
+    # (P,) and (P, 1) would give P * P losses without an error.
     shapes = {x.shape for x in (q_chosen, q_rejected, cost_chosen, cost_rejected)}
     assert len(shapes) == 1, "shapes differ: this would broadcast"
     chosen_rewards = beta * (q_chosen - cost_coef * cost_chosen)
@@ -293,9 +294,7 @@ def collect_rollouts(
     N = min(args.num_envs, len(todo))
     # CPU physics: ManiSkill's GPU simulation cannot repeat one initial state.
     envs = make_envs(args.env_id, N, 0, image_size=image_size)
-    progress = Progress(
-        total=len(mine), initial=num_done, desc="roll-outs", unit="episode", disable=rank > 0
-    )
+    progress = Progress(total=len(mine), initial=num_done, desc="roll-outs", unit="episode")
     for job, rollout in sample_rollouts(envs, model, codec, active, todo):
         write_rollout(folder, job, rollout)
         progress.update()
@@ -547,7 +546,7 @@ def print_pairs(
         if len(slower) >= 10 and np.mean(slower) > 0.5:
             print(
                 f"warning: in {name} most winners by cost are the slower roll-outs: a mean "
-                "distance rewards lingering; --cost sum lets each step cost"
+                "distance falls while the arm waits; --cost sum lets each step cost"
             )
 
 
@@ -615,7 +614,7 @@ class PairSteps:
         # The others' steps stay zero here, so the sum over processes fills them in.
         out = torch.zeros(len(steps), device=self.codec.device)
         chunks = steps[rank::world_size].split(chunk_size)
-        bar = Progress(chunks, desc="reference", unit="chunk", disable=quiet or rank > 0)
+        bar = Progress(chunks, desc="reference", unit="chunk", disable=quiet)
         out[rank::world_size] = torch.cat([self.logprobs(chunk) for chunk in bar])
         parallel.sum_over_processes([out])
         return out.cpu()
@@ -833,10 +832,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
 
     updates_per_epoch = math.ceil(len(pairs) / batch_size)
     num_updates = args.num_epochs * updates_per_epoch
-    quiet = rank > 0
-    progress = Progress(
-        total=num_updates, initial=step, desc="sta_tpo", unit="update", disable=quiet
-    )
+    progress = Progress(total=num_updates, initial=step, desc="sta_tpo", unit="update")
     while Stop.hold(step < num_updates):
         start_update = time.time()
 

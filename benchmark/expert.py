@@ -1,53 +1,110 @@
-"""The scripted expert on unseen seeds: success within the registered horizon, mean length, and the median stage distance at each stage's first
-entry, which is where L_k in TASKS comes from. No images are drawn. SimplerEnv's tasks: each initial configuration of the grid once.
+"""How often the scripted expert succeeds on unseen seeds, within the registered horizon.
 
-    python benchmark/expert.py                                         # all tasks
-    python benchmark/expert.py --env-id PickCube-v1 --ood position     # what of it can be solved at all out of distribution
+    python benchmark/expert.py
+        all tasks
+    python benchmark/expert.py --env-id PickCube-v1 --ood position
+        what can be solved at all out of distribution
+
+A row also has the mean length of a success, and per stage the median distance at its first entry.
+That median is where L_k in TASKS comes from. No images are drawn. SimplerEnv's tasks play each
+initial configuration of their grid once.
 """
+
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+# The variable is read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import tyro
 
-from stare_utils import EVAL_SEED, TASKS, ScriptedExpert, UserError, env_ids, make_envs
+from world.tasks import EVAL_SEED, TASKS, UserError, env_ids
+from world.vector import ScriptedExpert, make_envs
 
 ROOT = Path(__file__).parent.parent
 
 
+def play_round(envs, expert: ScriptedExpert, seed: int) -> list[dict]:
+    """One episode in each env: whether it succeeds, when, and the distances at stage entries."""
+    horizon = envs.task.max_episode_steps
+    episodes = []
+    for _ in range(envs.num_envs):
+        episodes.append({"success": False, "length": horizon, "entry": {}})
+    _, info = envs.reset(seed=seed)
+    for t in range(1, horizon + 1):
+        for i, episode in enumerate(episodes):
+            stage = int(info["stage"][i])
+            episode["entry"].setdefault(stage, float(info["stage_distance"][i]))
+        *_, info = envs.step(expert.act())
+        # After the horizon's last step the infos are those of the next episode.
+        info = info.get("final_info", info)
+        for episode, success in zip(episodes, info["success"].tolist(), strict=True):
+            if success and not episode["success"]:
+                episode["success"] = True
+                episode["length"] = t
+        if all(episode["success"] for episode in episodes):
+            break
+    return episodes
+
+
+def entry_distances(stages: tuple[str, ...], episodes: list[dict]) -> dict[str, float]:
+    """Per stage the median distance at its first entry, in metres or radians."""
+    medians = {}
+    for k, name in enumerate(stages):
+        found = [episode["entry"][k] for episode in episodes if k in episode["entry"]]
+        medians[name] = round(float(np.median(found)), 3)
+    return medians
+
+
+def git_commit() -> str:
+    """The commit of this repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
 def measure(env_id: str, num_episodes: int, num_envs: int, seed: int, ood: str) -> dict:
     """The row of one task."""
-    task, rows = TASKS[env_id], []
-    num_episodes, seed = (task.grid, EVAL_SEED) if task.grid else (num_episodes, seed)
+    task = TASKS[env_id]
+    if task.grid:
+        num_episodes = task.grid
+        seed = EVAL_SEED
     envs = make_envs(env_id, num_envs, seed, terminate_on_success=False, render=False, ood=ood)
     expert = ScriptedExpert(envs)
-    while len(rows) < num_episodes:
-        _, info = envs.reset(seed=seed + len(rows))
-        batch = [{"success": False, "length": task.max_episode_steps, "entry": {}} for _ in range(num_envs)]
-        for t in range(1, task.max_episode_steps + 1):
-            for row, stage, distance in zip(batch, info["stage"].tolist(), info["stage_distance"].tolist(), strict=True):
-                row["entry"].setdefault(stage, distance)
-            *_, info = envs.step(expert.act())
-            info = info.get("final_info", info)  # the horizon's last step
-            for row, success in zip(batch, info["success"].tolist(), strict=True):
-                if success and not row["success"]:
-                    row["success"], row["length"] = True, t
-            if all(row["success"] for row in batch):
-                break
-        rows += batch[: num_episodes - len(rows)]
+    episodes = []
+    while len(episodes) < num_episodes:
+        episodes += play_round(envs, expert, seed + len(episodes))
     envs.close()
-    entry = {name: round(float(np.median([row["entry"][k] for row in rows if k in row["entry"]])), 3) for k, name in enumerate(task.stages)}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    return {"method": "expert", "env_id": env_id, "ood": ood, "first_seed": seed, "num_episodes": num_episodes,
-            "success_once": np.mean([row["success"] for row in rows]), "mean_length": round(np.mean([row["length"] for row in rows if row["success"]]), 1),
-            "max_episode_steps": task.max_episode_steps, "entry_distance": entry, "commit": commit}  # fmt: skip
+    # The last round may play more episodes than are left.
+    episodes = episodes[:num_episodes]
+    solved = [episode["length"] for episode in episodes if episode["success"]]
+    return {
+        "method": "expert",
+        "env_id": env_id,
+        "ood": ood,
+        "first_seed": seed,
+        "num_episodes": num_episodes,
+        "success_once": np.mean([episode["success"] for episode in episodes]),
+        "mean_length": round(np.mean(solved), 1),
+        "max_episode_steps": task.max_episode_steps,
+        "entry_distance": entry_distances(task.stages, episodes),
+        "commit": git_commit(),
+    }
 
 
-def main(env_id: str = ",".join(TASKS), num_episodes: int = 200, num_envs: int = 8, seed: int = 800_000_000, ood: str = "none", output: str = "") -> None:
-    """output: a file to which each task's row is appended."""
+def main(
+    env_id: str = ",".join(TASKS),
+    num_episodes: int = 200,
+    num_envs: int = 8,
+    seed: int = 800_000_000,
+    ood: str = "none",
+    output: str = "",
+) -> None:
+    """Prints a row per task. output: a file to which each row is appended."""
     for name in env_ids(env_id):
         row = json.dumps(measure(name, num_episodes, num_envs, seed, ood))
         print(row, flush=True)

@@ -342,10 +342,15 @@ class Run:
 
 # ---- what a run reports while it works ----
 class Progress(tqdm):
-    """tqdm's bar on a terminal. Elsewhere (nohup, a log file, CI) a plain line every 30 s."""
+    """tqdm's bar on a terminal. Elsewhere (nohup, a log file, CI) a plain line every 30 s.
+
+    In a job of several processes only rank 0 shows it.
+    """
 
     def __init__(self, *args, **kwargs):
         self.is_bar = sys.stderr.isatty()
+        if int(os.environ.get("RANK", 0)) > 0:
+            kwargs["disable"] = True
         if not self.is_bar:
             # tqdm's monitor thread calls `display` even where one step takes longer than this.
             kwargs |= {"mininterval": HEARTBEAT, "maxinterval": HEARTBEAT, "miniters": 1}
@@ -449,13 +454,13 @@ def ppo_symptoms(first: dict, now: dict, weight: float, gap: float = 0.05) -> li
     return lines
 
 
-def tpo_symptoms(chosen_shift: float, margin: float) -> list[str]:
+def tpo_symptoms(chosen_shift: float, lead: float) -> list[str]:
     """Lines that name what is wrong with a preference run.
 
-    chosen_shift: nats that the winners' actions have gained over the reference. margin: how many
+    chosen_shift: nats that the winners' actions have gained over the reference. lead: how many
     more than the losers' actions.
     """
-    if chosen_shift < -1 and margin > 0:
+    if chosen_shift < -1 and lead > 0:
         return [
             "logps/chosen falls while the margin grows: both sides are pushed down, the rejected "
             "one more; lower --learning-rate or raise --beta"

@@ -43,7 +43,8 @@ INFOS = {
 }
 # Both arms stay where they are, with open grippers.
 HOLD = torch.tensor([[0.0, 0, 0, 0, 0, 0, 1]] * 2)
-UP = torch.tensor([0.0, 0, 1, 0, 0, 0, 0])
+# The first arm goes up, with a closed gripper.
+LEAVE = torch.tensor([[0.0, 0, 1, 0, 0, 0, -1]])
 # The expert of a single env plays the present stage.
 RIGHT = torch.zeros(1, dtype=torch.long)
 
@@ -210,7 +211,8 @@ def test_success_in_the_reset_state_counts_nowhere(envs):
     assert infos["stage"][0] == K
     assert infos["furthest_stage"].tolist() == [0, 0]
     # Success needs a robot at rest.
-    *_, infos = envs.step(HOLD + UP)
+    up = HOLD + torch.tensor([0.0, 0, 1, 0, 0, 0, 0])
+    *_, infos = envs.step(up)
     assert infos["success"].tolist() == [False, False]
     assert (infos["furthest_stage"] < K).all()
 
@@ -643,7 +645,7 @@ def test_evaluation_counts_success_and_stages_of_the_expert(evaluate, endless, m
         calls.append(1)
         action = expert.act()[:1]
         if len(calls) > 95:
-            action = (UP - HOLD[0])[None]
+            action = LEAVE
         bins = vla.tokenize_actions(torch.cat([action, HOLD[:1]]), STATS["action"])
         return bins, None, None
 
@@ -742,7 +744,8 @@ def test_the_paired_interval_of_24_episodes_holds_the_truth_as_often_as_it_says(
     held = 0
     for _ in range(2000):
         pairs = rng.choice(kinds, 24, p=[won, lost, 1 - won - lost])
-        a, b = (rows_of(dict(enumerate(outcomes))) for outcomes in pairs.T)
+        a = rows_of(dict(enumerate(pairs[:, 0])))
+        b = rows_of(dict(enumerate(pairs[:, 1])))
         found = paired_difference(a, b)
         held += found["low"] <= won - lost <= found["high"]
     assert held / 2000 > 0.93

@@ -449,6 +449,25 @@ def use_doubles(monkeypatch) -> list[int]:
     return sizes
 
 
+def preference_loss(pairs, rollouts, ratios, reduction, stage_aware) -> torch.Tensor:
+    """The loss of sta_tpo.py's docstring with beta 2 and lambda 0.3, over all pairs.
+
+    ratios: log pi - log pi_ref of the steps of each roll-out. reduction: "mean" or "sum".
+    """
+    q = {}
+    for i, rollout in enumerate(rollouts):
+        stage = rollout["stage"]
+        segment = segment_stages(stage, 4) if stage_aware else 0 * stage
+        for k in range(4):
+            q[i, k] = getattr(ratios[i][segment == k], reduction)()
+    sides = []
+    for side in ("chosen", "rejected"):
+        values = torch.stack([q[pair[side], pair["stage"]] for pair in pairs])
+        costs = torch.tensor([pair[f"cost_{side}"] for pair in pairs])
+        sides.append(values - 0.3 * costs)
+    return -torch.nn.functional.logsigmoid(2 * (sides[0] - sides[1])).mean()
+
+
 @pytest.mark.parametrize(
     ("reduction", "cost", "stage_aware"),
     [("mean", "mean", True), ("sum", "sum", True), ("mean", "sum", True), ("mean", "mean", False)],
@@ -488,21 +507,6 @@ def test_two_pass_gradient_is_that_of_plain_autograd(
         inputs = prompt(processor, rollout)
         return sta_tpo.action_logprob(model, inputs, rollout["bins"], active)[0]
 
-    def loss_of(ratios):
-        """The docstring's loss. ratios: log pi - log pi_ref of each roll-out."""
-        q = {}
-        for i, rollout in enumerate(rollouts):
-            stage = rollout["stage"]
-            segment = segment_stages(stage, 4) if stage_aware else 0 * stage
-            for k in range(4):
-                q[i, k] = getattr(ratios[i][segment == k], reduction)()
-        sides = []
-        for side in ("chosen", "rejected"):
-            values = torch.stack([q[pair[side], pair["stage"]] for pair in pairs])
-            costs = torch.tensor([pair[f"cost_{side}"] for pair in pairs])
-            sides.append(values - 0.3 * costs)
-        return -torch.nn.functional.logsigmoid(2 * (sides[0] - sides[1])).mean()
-
     with torch.no_grad():
         reference = [logprobs(rollout) for rollout in rollouts]
     assert reference[0].dtype == torch.double
@@ -511,7 +515,7 @@ def test_two_pass_gradient_is_that_of_plain_autograd(
     for step, (loss, (_, state)) in enumerate(zip(losses, seen, strict=True)):
         put_values(params, state)
         ratios = [logprobs(rollout) - ref for rollout, ref in zip(rollouts, reference)]
-        expected = loss_of(ratios)
+        expected = preference_loss(pairs, rollouts, ratios, reduction, stage_aware)
         expected.backward()
         assert loss == pytest.approx(expected.item(), abs=1e-5)
         mine = flat_gradient(params)

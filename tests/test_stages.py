@@ -65,7 +65,7 @@ STATES = st.lists(
 
 def signals(rows, form="sigmoid", across="offset"):
     """The columns of the rows as tensors, and the signals of these states."""
-    entered, distance, success = (torch.tensor(column) for column in zip(*rows))
+    entered, distance, success = map(torch.tensor, zip(*rows))
     entered[:, 0] = True
     state = {"entered": entered, "distance": distance}
     out = stage_signals(made_up_stages(), state, success, form, across)

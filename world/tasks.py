@@ -904,7 +904,7 @@ def env_ids(text: str) -> list[str]:
             near = difflib.get_close_matches(name, [*TASKS, *ALIASES], n=3, cutoff=0.3)
             what = f"the nearest known: {', '.join(near or TASKS)}"
         raise UserError(
-            f"no task for --env-id {name!r}: {what}. docs/tasks.md adds one in 25 lines"
+            f"no task for --env-id {name!r}: {what}. docs/tasks.md adds one in 35 lines"
         )
     return ids
 
