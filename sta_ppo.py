@@ -796,13 +796,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     T = args.num_steps
     N = args.num_envs
     buf = Buffers(T, N, len(active), processor.image_size, device)
-    progress = Progress(
-        total=args.num_iterations,
-        initial=resumed_at,
-        desc="sta_ppo",
-        unit="update",
-        disable=rank > 0,
-    )
+    bar = Progress(total=args.num_iterations, initial=resumed_at, desc="sta_ppo", unit="update")
     iteration = resumed_at
     # Stop.hold(x) is x. Inside the loop a signal waits until the update is saved.
     while Stop.hold(iteration < args.num_iterations):

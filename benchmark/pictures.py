@@ -1,58 +1,97 @@
-"""The pictures of docs/tasks.md: of each task four frames of an expert episode, as the policy sees them, and one scene out of distribution.
+"""The pictures of docs/tasks.md, as the policy sees the scenes: python benchmark/pictures.py.
 
-    python benchmark/pictures.py
+Of each task there are four frames of an expert episode. One picture shows two tasks out of
+distribution.
 """
+
+import os
 import sys
 from pathlib import Path
+
+# The variable is read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 from PIL import Image
 
-from stare_utils import EVAL_SEED, TASKS, StageEnv, check_world, segment_stages
+from stare_utils import segment_stages
+from world.assets import check_world
+from world.envs import StageEnv
+from world.tasks import EVAL_SEED, TASKS
 
-ROOT, RIGHT = Path(__file__).parent.parent, torch.zeros(1, dtype=torch.long)
+# The expert of a single env plays the present stage.
+RIGHT = torch.zeros(1, dtype=torch.long)
+FOLDER = Path(__file__).parent.parent / "docs/tasks"
+# How many frames a task has.
+NUM_FRAMES = 4
 
 
-def episode(env, seed: int) -> tuple[list[np.ndarray], torch.Tensor]:
+def play_episode(env: StageEnv, seed: int) -> tuple[list[np.ndarray], torch.Tensor]:
     """Frames (T) and segments (T,) of an expert episode up to its success."""
-    obs, infos = env.reset(seed)
-    frames, stages = [], []
-    while not infos["success"]:
+    obs, info = env.reset(seed)
+    frames = []
+    stages = []
+    while not info["success"]:
         frames.append(obs["rgb"][0].numpy())
-        stages.append(int(infos["stage"]))
-        obs, *_, infos = env.step(env.expert_action(RIGHT))
+        stages.append(int(info["stage"]))
+        obs, *_, info = env.step(env.expert_action(RIGHT))
         assert len(frames) < env.task.max_episode_steps, "this seed fails: choose another"
     return frames, segment_stages(torch.tensor(stages), env.num_stages)
 
 
+def find_episode(env: StageEnv) -> tuple[list[np.ndarray], torch.Tensor]:
+    """The first episode that jumps over no stage."""
+    first = EVAL_SEED + 5 if env.task.grid else 5
+    for seed in range(first, 2**31):
+        frames, segment = play_episode(env, seed)
+        if len(segment.unique()) == env.num_stages:
+            return frames, segment
+    raise RuntimeError("every episode jumps over a stage")
+
+
+def choose_frames(frames: list[np.ndarray], segment: torch.Tensor, K: int) -> list[np.ndarray]:
+    """The middle of each stage. A task with two stages has two moments of each."""
+    chosen = []
+    # How many stages a frame stands for.
+    share = K / NUM_FRAMES
+    for i in range(NUM_FRAMES):
+        steps = (segment == int(i * share)).nonzero()[:, 0]
+        middle = (i * share) % 1 + share / 2
+        chosen.append(frames[steps[int(len(steps) * middle)]])
+    return chosen
+
+
 def save(path: Path, rows: list[list[np.ndarray]]) -> None:
-    image = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
-    image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC).save(path, quality=88)
+    """Writes rows of pictures as one picture of twice their size."""
+    lines = [np.concatenate(row, 1) for row in rows]
+    image = Image.fromarray(np.concatenate(lines))
+    size = (2 * image.width, 2 * image.height)
+    image.resize(size, Image.Resampling.BICUBIC).save(path, quality=88)
+
+
+def out_of_distribution(env_id: str) -> list[np.ndarray]:
+    """The first frame of one episode, as trained and with each change."""
+    pictures = []
+    for ood in ("none", "position", "camera", "lighting"):
+        env = StageEnv(env_id, 1, "cpu", 0, ood=ood)
+        obs, _ = env.reset(EVAL_SEED)
+        pictures.append(obs["rgb"][0].numpy())
+        env.close()
+    return pictures
 
 
 def main() -> None:
-    folder = ROOT / "docs/tasks"
-    folder.mkdir(exist_ok=True)
-    for env_id, task in TASKS.items():
+    FOLDER.mkdir(exist_ok=True)
+    for env_id in TASKS:
         check_world(env_id)
         env = StageEnv(env_id, 1, "cpu", 0, terminate_on_success=False)
-        for seed in range(EVAL_SEED + 5 if task.grid else 5, 2**31):
-            frames, segment = episode(env, seed)
-            if len(segment.unique()) == env.num_stages:  # no stage jumped over
-                break
+        frames, segment = find_episode(env)
         env.close()
-        shown, share = [], env.num_stages / 4
-        for i in range(4):  # the middle of each stage; of a task with two stages two moments each
-            steps = (segment == int(i * share)).nonzero()[:, 0]
-            shown.append(frames[steps[int(len(steps) * ((i * share) % 1 + share / 2))]])
-        save(folder / f"{env_id}.jpg", [shown])
-    kinds, rows = ("none", "position", "camera", "lighting"), []
-    for env_id in ("PickCube-v1", "StackCube-v1"):
-        envs = [StageEnv(env_id, 1, "cpu", 0, ood=ood) for ood in kinds]
-        rows.append([env.reset(EVAL_SEED)[0]["rgb"][0].numpy() for env in envs])
-    save(folder / "ood.jpg", rows)
+        save(FOLDER / f"{env_id}.jpg", [choose_frames(frames, segment, env.num_stages)])
+    shown = [out_of_distribution(env_id) for env_id in ("PickCube-v1", "StackCube-v1")]
+    save(FOLDER / "ood.jpg", shown)
 
 
 if __name__ == "__main__":
