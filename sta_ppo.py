@@ -796,7 +796,9 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     T = args.num_steps
     N = args.num_envs
     buf = Buffers(T, N, len(active), processor.image_size, device)
-    bar = Progress(total=args.num_iterations, initial=resumed_at, desc="sta_ppo", unit="update")
+    progress = Progress(
+        total=args.num_iterations, initial=resumed_at, desc="sta_ppo", unit="update"
+    )
     iteration = resumed_at
     # Stop.hold(x) is x. Inside the loop a signal waits until the update is saved.
     while Stop.hold(iteration < args.num_iterations):
@@ -985,7 +987,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             first_scalars = scalars
         run.warn(ppo_symptoms(first_scalars or scalars, scalars, weight, rounding_gap(model)))
         print_update(global_step, scalars)
-        bar.update()
+        progress.update()
 
         # ---- save and evaluate ----
         saves = iteration % args.save_freq == 0 or iteration == args.num_iterations
@@ -1014,7 +1016,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         if evaluates and iteration < args.num_iterations and not Stop.leaving:
             log_evaluation(args, run, model, processor, global_step)
     # A run that a signal has stopped does not come here.
-    bar.close()
+    progress.close()
     envs.close()
     if rank == 0:
         log_evaluation(args, run, model, processor, iteration * args.batch_size)
