@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Imitation -> Preference -> Interaction on one task, an evaluation after each, one table at the end.
-#   ./ipi.sh [ENV_ID]          any task of docs/tasks.md; a stopped run goes on where it was; SEED=2 ./ipi.sh is another training seed
+#   ./ipi.sh [ENV_ID]          any task of docs/tasks.md; a stopped run goes on where it was
+#   SEED=2 ./ipi.sh            another training seed
 #   SMOKE=1 ./ipi.sh           the same path in a few updates, to see that everything works
 set -euo pipefail
 cd "$(dirname "$0")"
 ENV_ID=${1:-PickCube-v1}
 SEED=${SEED:-1}
 RUNS=runs
-export OMP_WAIT_POLICY=PASSIVE # idle OpenMP threads must not take the cores from the env processes
+# Idle OpenMP threads must not take the cores from the env processes.
+export OMP_WAIT_POLICY=PASSIVE
 ./setup.sh
 
 # Flags of each script. Its defaults are the best settings known.
@@ -19,7 +21,8 @@ if [ "${SMOKE:-0}" = 1 ]; then
   if [ -d "checkpoints/${ENV_ID}__sft" ]; then
     SFT+=(--vla "checkpoints/${ENV_ID}__sft" --learning-rate 1e-6)
   else
-    STEPS="sft sta_ppo" # an untrained policy's roll-outs all end alike: no pairs
+    # The roll-outs of an untrained policy all end alike, so they make no pairs.
+    STEPS="sft sta_ppo"
   fi
   TPO+=(--num-envs 2 --num-initial-states 2 --rollouts-per-state 3)
   PPO=(--num-envs 2 --total-timesteps 256 --critic-warmup 0)

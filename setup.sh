@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with all Python packages and sees to a Vulkan driver: the GPU's, or where there is none one that renders on the CPU.
-# Safe to run again: when nothing is missing it only checks.
+# Makes .venv with all Python packages, and installs a Vulkan driver if there is none.
+# Without a GPU the driver renders on the CPU. When nothing is missing, this only checks.
 set -euo pipefail
 cd "$(dirname "$0")"
 say() { echo "setup: $*"; }
@@ -24,7 +24,7 @@ if [ "$(cat .venv/stamp 2> /dev/null)" != "$stamp" ]; then
   torch=$(grep -o '^torch==[0-9.]*' requirements.txt)
   cpu_index=https://download.pytorch.org/whl/cpu
   if [ $device = cuda ]; then
-    # a CPU build from before there was a GPU would satisfy the pin
+    # A CPU build that was installed without a GPU would satisfy the pin.
     if ls -d .venv/lib/python*/site-packages/torch-*+cpu.dist-info > /dev/null 2>&1; then pip uninstall -y torch; fi
   elif timeout 5 .venv/bin/python -c "import urllib.request as r; r.urlopen('$cpu_index/torch/')" 2> /dev/null; then
     say "no NVIDIA GPU: installing the CPU build of $torch"
@@ -35,7 +35,8 @@ if [ "$(cat .venv/stamp 2> /dev/null)" != "$stamp" ]; then
   echo "$stamp" > .venv/stamp
 fi
 
-# 2. System libraries: ManiSkill imports OpenCV, which needs libGL; SAPIEN draws through Vulkan, the GPU driver's, without a GPU Mesa's lavapipe
+# 2. System libraries. ManiSkill imports OpenCV, which needs libGL. SAPIEN draws through Vulkan: by
+#    the GPU's driver, or without a GPU by Mesa's lavapipe.
 check="import cv2, sapien; sapien.render.RenderSystem('$device')"
 packages="libgl1 libglib2.0-0 libvulkan1"
 hint="a container must be started with NVIDIA_DRIVER_CAPABILITIES=all, else the driver's Vulkan part is not in it"
