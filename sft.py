@@ -144,7 +144,7 @@ class Args:
 
 
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
-    """Log-probability of given actions, in one pass that is given all of their tokens.
+    """Log-probability of given actions, in one pass over the prompt and the action tokens.
 
     The log-probability is the same function of the weights as in `sample_action`.
     inputs: what the processor returns. bins: (B, A) long. active: (A,) or (B, A) bool.

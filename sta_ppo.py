@@ -209,7 +209,8 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     n_bins = model.config.n_action_bins
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
-    # The model has inserted its image and proprioception tokens after <s>.
+    # Later passes need a mask over the whole sequence, in which the model has inserted its image
+    # and proprioception tokens after <s>.
     mask = inputs["attention_mask"]
     inserted = mask.new_ones(len(mask), model.num_prefix())
     mask = torch.cat([mask[:, :1], inserted, mask[:, 1:]], 1)
@@ -236,7 +237,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
 
 
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
-    """Log-probability of given actions, in one pass that is given all of their tokens.
+    """Log-probability of given actions, in one pass over the prompt and the action tokens.
 
     The log-probability is the same function of the weights as in `sample_action`.
     inputs: what the processor returns. bins: (B, A) long. active: (A,) or (B, A) bool.
@@ -301,8 +302,8 @@ class Buffers:
     """Storage of a roll-out: row t is step t, column n is env n."""
 
     def __init__(self, T: int, N: int, A: int, image_size: int, device: torch.device):
-        # Observations, values, stages and potentials have T + 1 rows. Row T is the state after the
-        # last step.
+        # Observations, values, stages and potentials have T + 1 rows. Row T is where the envs stand
+        # after the last step.
         self.obs = {
             "rgb": torch.zeros(T + 1, N, image_size, image_size, 3, dtype=torch.uint8),
             "proprio": torch.zeros(T + 1, N, 8),
@@ -355,7 +356,7 @@ class RuleStages:
     """STARE: the stage (n,) and Phi (n,) of states by the rules, which read the simulator."""
 
     def __init__(self, stage_names: tuple[str, ...], silent_stages: str, device: torch.device):
-        # A silent stage pays only when it ends: Phi = k inside it. The last entry is success.
+        # In a silent stage Phi = k: its distance pays nothing. The last entry is success.
         silent = [name in silent_stages.split(",") for name in stage_names]
         self.silent = torch.tensor([*silent, False], device=device)  # (K + 1,)
 
@@ -665,7 +666,8 @@ def set_learning_rates(args: Args, optimizer, iteration: int) -> None:
 def reset_momentum(optimizer) -> None:
     """Sets Adam's momentum to zero, which the untrained critic has shaped."""
     for moments in optimizer.state.values():
-        # The momentum needs ten steps or so to grow again, and these steps are small.
+        # Adam's step count stays. So the momentum needs ten steps or so to grow again, and these
+        # steps are small.
         moments["exp_avg"].zero_()
 
 
@@ -800,7 +802,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         total=args.num_iterations, initial=resumed_at, desc="sta_ppo", unit="update"
     )
     iteration = resumed_at
-    # Stop.hold(x) is x. Inside the loop a signal waits until the update is saved.
+    # Inside the loop a signal waits until the update is saved. Then Stop.hold ends the script.
     while Stop.hold(iteration < args.num_iterations):
         # The same seed, update and process give the same random numbers, also after a resume.
         torch.manual_seed((args.seed * 1_000_003 + iteration) * world_size + rank)
@@ -852,7 +854,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                             args.gamma,
                             weight,
                         )
-                    # Otherwise a single number would be copied to all envs.
+                    # put_state has checked that phi has one number per env.
                     assert reward.shape == term.shape == trunc.shape == phi.shape
                     buf.rewards[t - 1, half] = reward
                     statistics.step(half, env_reward, reward, info)

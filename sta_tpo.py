@@ -174,7 +174,8 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     n_bins = model.config.n_action_bins
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     hidden = out.last_hidden_state[:, -1]
-    # The model has inserted its image and proprioception tokens after <s>.
+    # Later passes need a mask over the whole sequence, in which the model has inserted its image
+    # and proprioception tokens after <s>.
     mask = inputs["attention_mask"]
     inserted = mask.new_ones(len(mask), model.num_prefix())
     mask = torch.cat([mask[:, :1], inserted, mask[:, 1:]], 1)
@@ -201,7 +202,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
 
 
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
-    """Log-probability of given actions, in one pass that is given all of their tokens.
+    """Log-probability of given actions, in one pass over the prompt and the action tokens.
 
     The log-probability is the same function of the weights as in `sample_action`.
     inputs: what the processor returns. bins: (B, A) long. active: (A,) or (B, A) bool.

@@ -1,82 +1,150 @@
 """Tables of docs/tasks.md and docs/sft.md from rows, nothing typed by hand.
 
-    python benchmark/tables.py                   # writes the pages anew between their markers, from docs/{expert,sft,separator}.jsonl
-    python benchmark/tables.py runs/*__200       # first appends the results of these runs to docs/sft.jsonl
+python benchmark/tables.py
+    writes the tables again between their markers, from docs/{expert,sft,separator}.jsonl
+python benchmark/tables.py runs/*__200
+    first adds the results of these runs to docs/sft.jsonl
 """
+
 import json
+import os
 import sys
 from pathlib import Path
 
+# The variable is read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from eval import wilson
+from plumbing.report import wilson
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+def lines_of(name: str) -> list[dict]:
+    """All rows of docs/NAME.jsonl."""
+    return [json.loads(line) for line in (DOCS / f"{name}.jsonl").read_text().splitlines()]
+
+
 def rows(name: str) -> list[dict]:
-    """Result rows of docs/NAME.jsonl; of two about the same thing the later one counts."""
+    """Rows of docs/NAME.jsonl. Of two rows about the same thing the later one counts."""
     found = {}
-    for line in (DOCS / f"{name}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        found[row["env_id"], row.get("seed"), row["ood"], tuple(row.get("instructions", ())), row["method"]] = row
+    for row in lines_of(name):
+        words = tuple(row.get("instructions", ()))
+        found[row["env_id"], row.get("seed"), row["ood"], words, row["method"]] = row
     return list(found.values())
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """A share in percent."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def success(row: dict) -> str:
-    """success_once in per cent with its 95 % interval."""
-    low, high = wilson(row["success_once"] * row["num_episodes"], row["num_episodes"])
-    return f"{100 * row['success_once']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    """success_once in percent with its 95 % interval."""
+    num_episodes = row["num_episodes"]
+    low, high = wilson(row["success_once"] * num_episodes, num_episodes)
+    return f"{percent(row['success_once'])} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def table(header: str, lines: list[list]) -> str:
+    """A Markdown table. header: its first line. lines: the cells of each other line."""
+    columns = header.count("|") - 1
+    text = [header, "|" + "---|" * columns]
+    text += ["| " + " | ".join(map(str, cells)) + " |" for cells in lines]
+    return "\n".join(text)
 
 
 def expert() -> str:
-    lines = ["| env id | success_once [95 %] | episodes | mean steps (horizon) | median d at entry |", "|---|---|---|---|---|"]
+    """The scripted expert per task."""
+    lines = []
     for row in rows("expert"):
-        if row["ood"] == "none":
-            n, entry = row["num_episodes"], ", ".join(f"{name} {d}" for name, d in row["entry_distance"].items())
-            lines.append(f"| {row['env_id']} | {success(row)} | {n} | {row['mean_length']} ({row['max_episode_steps']}) | {entry} |")
-    return "\n".join(lines)
+        if row["ood"] != "none":
+            continue
+        length = f"{row['mean_length']} ({row['max_episode_steps']})"
+        entry = ", ".join(f"{name} {d}" for name, d in row["entry_distance"].items())
+        lines.append([row["env_id"], success(row), row["num_episodes"], length, entry])
+    header = "| env id | success_once [95 %] | episodes | mean steps (horizon) |"
+    return table(f"{header} median d at entry |", lines)
 
 
 def sft() -> str:
-    lines = ["| env id | success_once [95 %] | at the end | episodes | stages completed | training s |", "|---|---|---|---|---|---|"]
+    """Imitation per task."""
+    lines = []
     for row in rows("sft"):
-        if row["ood"] == "none" and not row["instructions"]:
-            n, reach = row["num_episodes"], ", ".join(f"{100 * rate:.0f} %" for rate in row["stage_reach_rate"])
-            lines.append(f"| {row['env_id']} | {success(row)} | {100 * row['success_at_end']:.1f} % | {n} | {reach} | {row['wall_s']:.0f} |")
-    return "\n".join(lines)
+        if row["ood"] != "none" or row["instructions"]:
+            continue
+        cells = [
+            row["env_id"],
+            success(row),
+            percent(row["success_at_end"]),
+            row["num_episodes"],
+            ", ".join(percent(rate, 0) for rate in row["stage_reach_rate"]),
+            f"{row['wall_s']:.0f}",
+        ]
+        lines.append(cells)
+    header = "| env id | success_once [95 %] | at the end | episodes |"
+    return table(f"{header} stages completed | training s |", lines)
 
 
 def ood() -> str:
-    table = {}
+    """Policies and the expert out of distribution."""
+    found = {}
     for row in rows("sft") + rows("expert"):
         kind = "other words" if row.get("instructions") else row["ood"]
-        table.setdefault((row["env_id"], row["method"]), {})[kind] = success(row)
+        found.setdefault((row["env_id"], row["method"]), {})[kind] = success(row)
     kinds = ("none", "position", "camera", "lighting", "other words")
-    lines = ["| env id | policy | as trained | position | camera | lighting | other words |", "|---|---|---|---|---|---|---|"]
-    return "\n".join(lines + [f"| {env_id} | {method} | " + " | ".join(cells.get(kind, "") for kind in kinds) + " |"
-                              for (env_id, method), cells in table.items() if len(cells) > 1])  # fmt: skip
+    lines = []
+    for (env_id, method), cells in found.items():
+        if len(cells) > 1:
+            lines.append([env_id, method, *(cells.get(kind, "") for kind in kinds)])
+    header = "| env id | policy | as trained | position | camera | lighting | other words |"
+    return table(header, lines)
 
 
 def separator() -> str:
-    lines = ["| env id | success_once [95 %] | causal | Viterbi | boundary error, steps | boundaries missed | steps |", "|---|---|---|---|---|---|---|"]
-    for line in (DOCS / "separator.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    """The learned separator against the rules."""
+    lines = []
+    for row in lines_of("separator"):
         read = row["separator"]
-        lines.append(f"| {row['env_id']} | {success(row)} | {100 * read['causal_accuracy']:.1f} % | {100 * read['viterbi_accuracy']:.1f} % | "
-                     f"{read['boundary_error']:.2f} | {100 * read['boundary_missed']:.1f} % | {read['num_steps']} |")  # fmt: skip
-    return "\n".join([*lines, "", "`benchmark/separator.sh`: 40 greedy episodes of one SFT policy per task."])
+        cells = [
+            row["env_id"],
+            success(row),
+            percent(read["causal_accuracy"]),
+            percent(read["viterbi_accuracy"]),
+            f"{read['boundary_error']:.2f}",
+            percent(read["boundary_missed"]),
+            read["num_steps"],
+        ]
+        lines.append(cells)
+    header = "| env id | success_once [95 %] | causal | Viterbi |"
+    text = table(f"{header} boundary error, steps | boundaries missed | steps |", lines)
+    caption = "`benchmark/separator.sh`: 40 greedy episodes of one SFT policy per task."
+    return f"{text}\n\n{caption}"
+
+
+def add_results(runs: list[str]) -> None:
+    """Adds the results of runs to docs/sft.jsonl, without their episodes."""
+    files = [file for run in runs for file in Path(run).glob("results*.json")]
+    with open(DOCS / "sft.jsonl", "a") as output:
+        for file in sorted(files):
+            row = json.loads(file.read_text())
+            row.pop("episodes")
+            output.write(json.dumps(row) + "\n")
+
+
+def write(page: Path, mark: str, text: str) -> None:
+    """Puts a text between a page's two marks."""
+    before, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    after = rest.partition(f"<!-- /{mark} -->")[2]
+    page.write_text(f"{before}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{after}")
 
 
 def main(runs: list[str]) -> None:
-    with open(DOCS / "sft.jsonl", "a") as file:
-        for path in sorted(path for run in runs for path in Path(run).glob("results*.json")):
-            row = json.loads(path.read_text())
-            row.pop("episodes")
-            file.write(json.dumps(row) + "\n")
-    for file, name, table in (("tasks", "expert", expert), ("tasks", "sft", sft), ("tasks", "ood", ood), ("sft", "separator", separator)):
-        page = DOCS / f"{file}.md"
-        before, _, rest = page.read_text().partition(f"<!-- {name} -->\n")
-        page.write_text(f"{before}<!-- {name} -->\n{table()}\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}")
+    add_results(runs)
+    write(DOCS / "tasks.md", "expert", expert())
+    write(DOCS / "tasks.md", "sft", sft())
+    write(DOCS / "tasks.md", "ood", ood())
+    write(DOCS / "sft.md", "separator", separator())
 
 
 if __name__ == "__main__":

@@ -72,10 +72,14 @@ def test_a_loop_shorter_than_a_heartbeat_prints_nothing(heartbeat, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_disabled_one_prints_nothing(heartbeat, capsys):
-    """All processes of a job but the first are silent."""
+@pytest.mark.parametrize("how", ["rank", "disable"])
+def test_a_process_that_shall_be_silent_prints_nothing(how, heartbeat, capsys, monkeypatch):
+    """In a job all processes but rank 0 are silent."""
     heartbeat(0.1)
-    progress = Progress(total=40, desc="roll-outs", unit="episode", disable=True)
+    if how == "rank":
+        monkeypatch.setenv("RANK", "1")
+    bar = {"total": 40, "desc": "roll-outs", "unit": "episode", "disable": how == "disable"}
+    progress = Progress(**bar)
     for _ in range(4):
         time.sleep(0.15)
         progress.update()

@@ -45,6 +45,7 @@ class AllAtOnce:
 
     def __init__(self, envs):
         self.envs = envs
+        self.num_envs = envs.num_envs
         self.halves = [slice(0, envs.num_envs)]
 
     def reset(self, seed=None):
