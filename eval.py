@@ -117,7 +117,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     num_fed = 0
     for a in active.nonzero()[:, 0].tolist():
         if a > num_fed:
-            # Feed the tokens chosen since the last pass, fixed ones included.
+            # Feed the tokens that the model has not seen: the last decoded one, and fixed ones.
             tokens = end - 1 - bins[:, num_fed:a]
             num_fed = a
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)

@@ -12,9 +12,9 @@ It is step 3 of IPI: sft.py (imitation), sta_tpo.py (preference), sta_ppo.py (in
     loss = -mean min(ratio * adv, clip(ratio, 1 - eps, 1 + eps) * adv)
            + c_v * mean (V - return)^2 / 2 + c_kl * mean (log pi - log pi_start)^2 / 2
 
-r' is the paper's stage reward. Ours are the term k, the scale of phi_k, and Phi = 0 at a terminal
-state (docs/sta_ppo.md says why). The ratio is that of the whole action: its log-probability is the
-sum over the action's tokens.
+r' is the paper's stage reward with three changes: the term k, the scale of phi_k, and Phi = 0 at a
+terminal state (docs/sta_ppo.md says why). The ratio is that of the whole action: its
+log-probability is the sum over the action's tokens.
 
 What differs from CleanRL's ppo.py:
 - A truncated episode is bootstrapped with the value of its final observation.
@@ -29,8 +29,8 @@ Comments that begin with STARE show where stages enter PPO. To change what one s
 `distance` or `length` in world/tasks.py; to change the formula, edit `stage_potential` in
 stare_utils.py. A new task is an entry of TASKS in world/tasks.py (docs/tasks.md) and needs nothing
 here. Imitate it first with sft.py.
-Letters: T steps of a roll-out, N envs, n envs of one half, B steps in a batch of one process,
-A action tokens, D hidden width, K stages.
+Letters: T steps of a roll-out, N envs, n some of the envs, B length of a batch, A action tokens,
+D hidden width, K stages.
 """
 
 import math
@@ -219,7 +219,7 @@ def sample_action(model, inputs: dict, active: torch.Tensor, greedy: bool = Fals
     num_fed = 0
     for a in active.nonzero()[:, 0].tolist():
         if a > num_fed:
-            # Feed the tokens chosen since the last pass, fixed ones included.
+            # Feed the tokens that the model has not seen: the last decoded one, and fixed ones.
             tokens = end - 1 - bins[:, num_fed:a]
             num_fed = a
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
@@ -568,7 +568,7 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
 def load_start(args: Args, run: Run, source: str, origin: str, device: torch.device):
     """Model, processor and folder of the policy to load now.
 
-    It is the checkpoint where a run without LoRA is resumed, else the start policy.
+    A run that is resumed without LoRA loads its checkpoint. Every other run loads the start policy.
     """
     # A LoRA checkpoint is merged. To go on, LoRA needs the start policy, and the adapter that
     # `resume` puts back.
@@ -817,7 +817,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         if begins_round or iteration == resumed_at:
             first_seed = args.seed * 1_000_003 + (iteration * world_size + rank) * N
             reset_info = buf.reset(envs, first_seed, stage_of)
-            # No episode counts in a round that a resumed run begins in its middle.
+            # A run that is resumed in the middle of a round counts no episode until the next one.
             statistics.begin_round(args.episodes_per_round if begins_round else 0)
             statistics.observe(slice(0, N), reset_info)
         else:
@@ -833,7 +833,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     buf.terminated[t - 1, half] = term.to(device)
                     buf.done[t - 1, half] = (term | trunc).to(device)
                     next_phi = phi.clone()
-                    ended = info["_final_info"].cpu()
+                    ended = (term | trunc).cpu()
                     if ended.any():
                         # The true next state of an ended episode is its final observation.
                         final_obs = info["final_obs"]

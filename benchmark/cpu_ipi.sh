@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The first seed of README's and docs/results.md's numbers of PickCube-v1, row ipi: ./ipi.sh from an empty clone on two CPU cores, with the wall-clock time.
-# Resumable: start it again and it goes on. The log is committed as reference_output/cpu_ipi.txt.
+# ./ipi.sh with its wall-clock time. From an empty clone on two CPU cores it gives the first
+# training seed of PickCube-v1's budget "ipi" in docs/tables.md. A stopped script goes on where it
+# was. The log is committed as reference_output/cpu_ipi.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p reference_output
