@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The policy of benchmark/cpu_ipi.sh was trained on light meshes. Here it is evaluated on the Panda's
-# original visual meshes, and both results are compared.
+# The policy of benchmark/cpu_ipi.sh was trained on light meshes. Here it is evaluated on the
+# Panda's original visual meshes, and both results are compared.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Idle OpenMP threads must not take the cores from the env processes.

@@ -180,7 +180,7 @@ def read_preferences(
             raise UserError(
                 f'{place}: "preferred" is {verdict!r}, not "left", "right", "tie" or null'
             )
-        pairs.append(judged_pair(row["stage"], left, right, verdict))
+        pairs.append(judged_pair(int(row["stage"]), left, right, verdict))
     if not pairs:
         raise UserError(
             f'{path} has no verdict yet: write "left", "right" or "tie" behind "preferred"'

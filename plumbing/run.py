@@ -16,7 +16,9 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -349,23 +351,28 @@ class Progress(tqdm):
 
     def __init__(self, *args, **kwargs):
         self.is_bar = sys.stderr.isatty()
+        self.ended = threading.Event()
         if int(os.environ.get("RANK", 0)) > 0:
             kwargs["disable"] = True
         if not self.is_bar:
-            # tqdm's monitor thread calls `display` even where one step takes longer than this.
-            kwargs |= {"mininterval": HEARTBEAT, "maxinterval": HEARTBEAT, "miniters": 1}
-            # Otherwise tqdm ends with an empty line.
-            kwargs["leave"] = False
-            self.next_line = time.time() + HEARTBEAT
+            # Every step updates `n`, because a line may be due at any time. With `leave` tqdm
+            # would end with an empty line.
+            kwargs |= {"mininterval": 0, "miniters": 1, "leave": False}
         super().__init__(*args, **kwargs)
+        if not self.is_bar and not self.disable:
+            # A thread prints the lines, because one step may take longer than HEARTBEAT.
+            arguments = (weakref.ref(self), self.ended)
+            threading.Thread(target=print_lines, args=arguments, daemon=True).start()
 
     def display(self, msg=None, pos=None) -> bool | None:
-        """Draws the bar, or prints the line when it is due."""
+        """Draws the bar, where there is one."""
         if self.is_bar:
             return super().display(msg, pos)
-        if time.time() >= self.next_line:
-            self.next_line = time.time() + HEARTBEAT
-            print(self.line(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar or the lines."""
+        self.ended.set()
+        super().close()
 
     def line(self) -> str:
         """What is being done, how far it is, and how long it takes."""
@@ -377,6 +384,18 @@ class Progress(tqdm):
             left = seconds * (self.total - self.n) / done_here
             line += f", {self.format_interval(left)} to go"
         return line
+
+
+def print_lines(progress: weakref.ref, ended: threading.Event) -> None:
+    """Prints a line every HEARTBEAT seconds until the loop has ended."""
+    while not ended.wait(HEARTBEAT):
+        bar = progress()
+        # A loop that an error has left never closes its bar.
+        if bar is None:
+            return
+        print(bar.line(), file=sys.stderr, flush=True)
+        # Otherwise this thread would keep the bar alive while it waits.
+        del bar
 
 
 class Metrics:

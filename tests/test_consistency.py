@@ -130,7 +130,7 @@ def test_what_scripts_share_holds_no_loss_and_takes_no_args(module):
             words.add(node.attr)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             words.add(node.name)
-    assert not words & {"Args", "backward", "optim", "advantages", "zero_grad", "logsigmoid"}
+    assert not words & {"Args", "backward", "AdamW", "advantages", "zero_grad", "logsigmoid"}
     for function in functions(TREE[module]):
         named = [argument.arg for argument in function.args.args + function.args.kwonlyargs]
         assert "args" not in named, function.name
@@ -171,10 +171,13 @@ def test_what_comes_before_the_loop_is_short(script):
     assert first - main.lineno <= (130 if script == "sta_tpo" else 50)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_main_has_at_most_150_statements(script):
-    (main,) = (node for node in functions(TREE[script]) if node.name == "main")
-    assert sum(isinstance(node, ast.stmt) for node in ast.walk(main)) - 1 <= 150
+def test_a_main_has_at_most_150_statements():
+    """The limit for other functions is in pyproject.toml."""
+    command = [sys.executable, "-m", "ruff", "check", "--select", "PLR0915", "--ignore-noqa"]
+    limit = ["--config", "lint.pylint.max-statements = 150"]
+    files = [f"{script}.py" for script in SCRIPTS]
+    done = subprocess.run([*command, *limit, *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("module", MODULES)

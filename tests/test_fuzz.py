@@ -231,7 +231,7 @@ def test_preferences(tmp_path_factory, data):
     else:
         for pair in pairs:
             assert 0 <= pair["chosen"] < 4 and 0 <= pair["rejected"] < 4
-            assert pair["stage"] in range(4)
+            assert type(pair["stage"]) is int and pair["stage"] in range(4)
 
 
 def test_a_line_of_pairs_names_no_path(tmp_path):
