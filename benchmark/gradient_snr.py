@@ -4,7 +4,7 @@
         --gae-lambda 0.95 0.8 0.5 --shaping-weight 0.25 0
 
 The same gradient is computed from two disjoint halves of the initial states of STA-TPO's
-roll-outs, for several lambda of GAE and several shaping weights w. It prints
+roll-outs. This is done for several lambda of GAE and several shaping weights w. It prints
 cosine: between the two halves' gradients of mean(A log pi);
 to 0.95: the cosine with the other half's gradient at the largest lambda, whose bias is the least;
 explained variance: of the critic, which is fitted on one half and used on the other.

@@ -6,10 +6,10 @@
         first adds these runs' rows: give all training seeds of a task at once
 
 A row is a stage of a task (and budget), over all of STA-TPO's roll-outs that entered it:
-- the correlation (Pearson) of the stage's cost with the roll-out's success, once with the cost as
-  the paper's mean over the segment and once as its sum;
-- how often Phi falls at the entry into the stage, and by how much on average, bare (phi_k) and as
-  here (k + phi_k);
+- the correlation (Pearson) of the stage's cost with the roll-out's success. The cost is the
+  paper's mean over the segment, or its sum;
+- how often Phi falls at the entry into the stage, and its mean change there. Phi is bare (phi_k),
+  or as here (k + phi_k);
 - the pairs as sta_tpo.py builds them with the run's own settings, by reason;
 - the steps of the winner's and of the loser's segment, in the pairs won by cost.
 Per task, from PPO's curves: the deviation of the advantages while the critic is new, and the

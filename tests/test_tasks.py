@@ -1,7 +1,7 @@
 """All tasks in the real simulator, without images where none are needed.
 
-Experts, stages on ManiSkill's own trajectories, SimplerEnv's grid, what is out of distribution,
-demonstrations made by ManiSkill's tools, and one policy for several tasks.
+The tests are about experts, stages on ManiSkill's own trajectories, and SimplerEnv's grid. Others
+are about out-of-distribution scenes, ManiSkill's demonstrations, and one policy for several tasks.
 """
 
 import dataclasses
