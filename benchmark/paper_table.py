@@ -541,7 +541,7 @@ def draw_learning(tasks: dict[str, Methods]) -> None:
         axis.remove()
     for axis, (env_id, methods) in zip(axes.flat, tasks.items()):
         draw_curves(axis, methods)
-        axis.set(title=env_id, ylim=(0, 105))
+        axis.set(title=short_name(env_id), ylim=(0, 105))
         axis.tick_params(axis="x", labelsize=7)
     figure.supxlabel("env steps", fontsize=9)
     figure.supylabel("success, %", fontsize=9)
@@ -554,10 +554,15 @@ def draw_learning(tasks: dict[str, Methods]) -> None:
     plt.close(figure)
 
 
+def short_name(env_id: str) -> str:
+    """What the figures call a task."""
+    return env_id.removesuffix("-v1").replace("BakedTexInScene", "").replace("InScene", "")
+
+
 def label_of(name: str, method: str) -> str:
     """What the figure calls a task with its budget, and the cost of a method."""
     env_id, _, budget = name.partition(", ")
-    task = env_id.removesuffix("-v1").replace("BakedTexInScene", "").replace("InScene", "")
+    task = short_name(env_id)
     phrases = ROLLOUTS if method in PREFERENCE else SETTINGS
     parts = [task, phrases.get(budget, ""), COSTS.get(method, "")]
     return ", ".join(part for part in parts if part)
