@@ -161,6 +161,13 @@ def test_functions_are_short(module):
         assert node.end_lineno - node.lineno + 1 <= limit, node.name
 
 
+@pytest.mark.parametrize("folder", ["benchmark", "tests"])
+def test_other_functions_are_short_too(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        for node in functions(ast.parse(path.read_text())):
+            assert node.end_lineno - node.lineno + 1 <= FUNCTION_LINES, f"{path.name} {node.name}"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_comes_before_the_loop_is_short(script):
     """The set-up of a training script has at most 50 lines before its loop."""

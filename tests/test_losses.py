@@ -362,23 +362,29 @@ def smooth_l1(gap: torch.Tensor) -> torch.Tensor:
     return torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
 
 
-def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path, monkeypatch):
-    """Three updates by the real main, against the docstring's loss written a second time here.
+IMITATION = (
+    "--num-updates 3 --batch-size 8 --aux-coef 3 --max-grad-norm 1e9 --seed 5 --label-jitter 20 "
+    "--num-eval-episodes 0"
+)
 
-    What it logs about them is compared too.
-    """
-    demos = write_demos(tmp_path / "demos.h5", lengths=(6, 9))
-    with h5py.File(demos, "a") as file:
+
+def demos_with_stages(path):
+    """Invented demonstrations of 6 and 9 steps with stage labels."""
+    write_demos(path, lengths=(6, 9))
+    with h5py.File(path, "a") as file:
         for i, length in enumerate((6, 9)):
             file[f"traj_{i}/stage"] = np.arange(length) % 4
+    return path
+
+
+def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path, monkeypatch):
+    """Three updates by the real main, and their log, against the loss written a second time."""
+    demos = demos_with_stages(tmp_path / "demos.h5")
     seen = record_steps(monkeypatch)
     blurred = record_blurring(monkeypatch)
-    flags = (
-        "--num-updates 3 --batch-size 8 --aux-coef 3 --max-grad-norm 1e9 --seed 5 "
-        "--label-jitter 20 --num-eval-episodes 0 --no-cuda"
-    )
     run = tmp_path / "run"
-    call(sft, "--demo-path", demos, "--vla", checkpoint, "--output-dir", run, *flags.split())
+    flags = ("--demo-path", demos, "--vla", checkpoint, "--output-dir", run, "--no-cuda")
+    call(sft, *flags, *IMITATION.split())
 
     # The first learning rate is in its warm-up. The second one is the separator's own.
     rates = [rates for rates, _ in seen]
@@ -407,26 +413,18 @@ def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path,
         read = separator(hidden.detach()).log_softmax(-1)
         stage_loss = -read[torch.arange(8), stages[index]].mean()
         (ce + 3 * aux_loss + stage_loss).backward()
-
         mine = flat_gradient(params)
         theirs = torch.cat([grad.flatten() for _, grad in state])
         assert all(p.grad is not None for p in params)
         assert (mine - theirs).norm() < 1e-4 * mine.norm(), step
+        # The separator's gradient counts in no norm.
+        norm = flat_gradient(params[:-2]).norm()
         off = (greedy - labels[index])[:, active].abs()
-        row = [
-            ce,
-            aux_loss,
-            (off == 0).float().mean(),
-            off.float().mean() * 2 / 255,
-            (read.argmax(-1) == stages[index]).float().mean(),
-            # The separator's gradient counts in no norm.
-            flat_gradient(params[:-2]).norm(),
-        ]
-        rows.append(torch.stack(row).detach())
-
+        numbers = [(off == 0).float(), off.float() * 2 / 255, read.argmax(-1) == stages[index]]
+        means = [x.float().mean() for x in numbers]
+        rows.append(torch.stack([ce, aux_loss, *means, norm]).detach())
     curves = scalars(run)
-    names = ("ce", "aux", "token_accuracy", "action_l1", "stage_accuracy", "grad_norm")
-    logged = [curves[f"losses/{name}"][0] for name in names]
+    logged = [curves[f"losses/{name}"][0] for name in sft.METRICS]
     assert logged == pytest.approx(torch.stack(rows).mean(0).tolist(), rel=1e-3)
 
 
@@ -495,9 +493,8 @@ def test_two_pass_gradient_is_that_of_plain_autograd(
     # Memory is that of a chunk.
     assert max(sizes) == 7
     defaults = sta_tpo.Args()
-    margin = defaults.cost_margin
-    most = defaults.max_pairs_per_stage
-    pairs = sta_tpo.build_stage_pairs(rollouts, 4, margin, most, stage_aware, cost)
+    limits = (defaults.cost_margin, defaults.max_pairs_per_stage)
+    pairs = sta_tpo.build_stage_pairs(rollouts, 4, *limits, stage_aware, cost)
     assert len(pairs) > 8
     assert {pair["reason"] for pair in pairs} == {"completed", "cost"}
     model, processor, _ = sta_tpo.load_policy(str(checkpoint), torch.device("cpu"))

@@ -1,6 +1,7 @@
 """What the scripts take from the simulator: PPO's buffer, roll-outs for pairs, demonstrations."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -190,6 +191,21 @@ def episode_row(trace, seen, potential, i: int, begin: int, end: int) -> dict[st
     return row
 
 
+def potential_of(infos, silent: str) -> torch.Tensor:
+    """Phi of states, which is k in a silent stage."""
+    is_silent = [name in silent.split(",") for name in (*TASK.stages, "done")]
+    of_silent = torch.tensor(is_silent)[infos["stage"]]
+    return infos["potential"] * ~of_silent + infos["stage"] * of_silent
+
+
+def check_logged_means(run, rows: list[dict]) -> None:
+    """The run has logged the means of these episodes once, without the numbers they lack."""
+    curves = scalars(run)
+    for key in rows[0]:
+        mean = np.nanmean([row[key] for row in rows])
+        assert curves[key] == pytest.approx([mean], abs=1e-5), key
+
+
 @pytest.mark.parametrize(("silent", "whole"), [("", 1), ("reach,transport", 2)])
 def test_ppo_shapes_and_bootstraps_with_the_true_next_state(
     silent, whole, ppo, envs, checkpoint, monkeypatch
@@ -212,11 +228,7 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(
     def value(obs):
         return head(model(**prompt(processor, obs), logits_to_keep=1).last_hidden_state[:, -1])
 
-    def potential(infos):
-        is_silent = [name in silent.split(",") for name in (*TASK.stages, "done")]
-        of_silent = torch.tensor(is_silent)[infos["stage"]]
-        return infos["potential"] * ~of_silent + infos["stage"] * of_silent
-
+    potential = functools.partial(potential_of, silent=silent)
     infos = trace[0][1]
     if not silent:
         assert all(torch.equal(potential(step[-1]), step[-1]["potential"]) for step in trace)
@@ -243,10 +255,7 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(
             rows.append(episode_row(trace, seen, potential, i, begin, end))
     furthest = [row["charts/furthest_stage"] for row in rows]
     assert len(rows) == 1 + whole and furthest == [K] * whole + [K - 1]
-    curves = scalars(run)
-    for key in rows[0]:
-        mean = np.nanmean([row[key] for row in rows])
-        assert curves[key] == pytest.approx([mean], abs=1e-5), key
+    check_logged_means(run, rows)
 
 
 def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
@@ -323,6 +332,25 @@ def flatten(grads: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([grad.flatten() for grad in grads])
 
 
+UPDATE = (
+    "--update-epochs 2 --num-minibatches 1 --kl-coef 0.3 --vf-coef 50 --max-grad-norm 1e9 "
+    "--learning-rate 3e-4"
+)
+
+
+def policy_numbers(logprob, old, reference, A) -> dict[str, torch.Tensor]:
+    """The policy's losses and what is logged about them, by the formulas of the docstring."""
+    logratio = logprob - old
+    ratio = logratio.exp()
+    return {
+        "policy_loss": -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).mean(),
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
+        "kl_to_start": (logprob - reference).square().mean() / 2,
+    }
+
+
 @pytest.mark.parametrize("by_stage", [False, True])
 def test_the_gradients_of_an_update_are_those_of_plain_autograd(
     by_stage, ppo, checkpoint, monkeypatch
@@ -334,11 +362,8 @@ def test_the_gradients_of_an_update_are_those_of_plain_autograd(
     normalize = sta_ppo.normalize
     seen = record_steps(monkeypatch)
     buffers, batches = record_updates(monkeypatch)
-    flags = (
-        "--update-epochs 2 --num-minibatches 1 --kl-coef 0.3 --vf-coef 50 --max-grad-norm 1e9 "
-        "--learning-rate 3e-4"
-    )
-    curves = scalars(ppo("run", 3, 20, *flags.split(), *["--stage-advantage"] * by_stage))
+    by = ["--stage-advantage"] if by_stage else []
+    curves = scalars(ppo("run", 3, 20, *UPDATE.split(), *by))
     assert len(seen) == 6 and curves["charts/learning_rate"] == pytest.approx([3e-4, 2e-4, 1e-4])
     start, processor, _ = load_policy(str(checkpoint), CPU)
     model, _, _ = load_policy(str(checkpoint), CPU)
@@ -362,34 +387,21 @@ def test_the_gradients_of_an_update_are_those_of_plain_autograd(
             )
             if epoch == 0:
                 old = logprob.detach()
-            logratio = logprob - old
-            ratio = logratio.exp()
-            kl = (logprob - reference).square().mean() / 2
             v_loss = (head(hidden) - returns).square().mean() / 2
-            pg_loss = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
-            (pg_loss + 50 * v_loss + 0.3 * kl).backward()
+            row = policy_numbers(logprob, old, reference, A)
+            row |= {"value_loss": v_loss, "entropy": entropy.mean()}
+            (row["policy_loss"] + 50 * v_loss + 0.3 * row["kl_to_start"]).backward()
             mine = flatten([p.grad for p in params])
             theirs = flatten([grad for _, grad in state])
             assert (mine - theirs).norm() < 1e-4 * mine.norm(), (update, epoch)
-            clipped = ((ratio - 1).abs() > 0.2).float().mean()
-            row = {
-                "policy_loss": pg_loss,
-                "value_loss": v_loss,
-                "entropy": entropy.mean(),
-                "old_approx_kl": -logratio.mean(),
-                "approx_kl": (ratio - 1 - logratio).mean(),
-                "clipfrac": clipped,
-                "grad_norm": mine.norm(),
-                "kl_to_start": kl,
-            }
+            row["grad_norm"] = mine.norm()
             rows.append({name: x.item() for name, x in row.items()})
         expected = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
         expected["advantage_std"] = advantages.std().item()
         expected["explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
-        for name, value in expected.items():
-            found = curves[f"losses/{name}"][update]
-            assert found == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    assert 0 < clipped < 1 and kl > 1e-4 and values.var() > 0
+        found = {name: curves[f"losses/{name}"][update] for name in expected}
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert 0 < row["clipfrac"] < 1 and row["kl_to_start"] > 1e-4 and values.var() > 0
 
 
 def test_chunks_and_gradient_checkpointing_change_no_gradient(ppo):
