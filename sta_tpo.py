@@ -791,7 +791,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     if run.state and run.state["pairs"] != digest:
         raise UserError(
             f"{run.folder} was trained on other pairs or batches: remove "
-            f"{run.folder / 'checkpoint'}* to train anew, or choose another --output-dir"
+            f"{run.folder / 'checkpoint'}* to train again, or choose another --output-dir"
         )
     print_pairs(pairs, rollouts, segments, stages)
     if args.export_pairs:
