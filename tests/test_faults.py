@@ -33,12 +33,16 @@ MODULES = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo}
 
 
 def begin(script, *args, cwd, **kwargs) -> subprocess.Popen:
-    """Starts `python script args`, in a process group of its own as a shell does."""
+    """Starts `python script args`, in a process group of its own as a shell does.
+
+    It computes in one thread. With two, 2 of 5 killed runs on a busy machine ended 4e-5 away from
+    the undisturbed one, and 0 of 11 on an idle machine.
+    """
     command = [sys.executable, ROOT / f"{script}.py", *args]
     return subprocess.Popen(
         list(map(str, command)),
         cwd=cwd,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
