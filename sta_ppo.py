@@ -139,7 +139,7 @@ class Args:
     gamma: float = 0.97
     """discount: finishing one step earlier is worth about (1 - gamma) V"""
     gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation; a short one handicaps a sparse reward
+    """lambda of generalised advantage estimation; a small lambda handicaps a sparse reward
     (docs/results.md)"""
     num_minibatches: int = 4
     """optimiser steps per epoch; num_envs * num_steps must be a multiple of it"""
@@ -666,8 +666,8 @@ def set_learning_rates(args: Args, optimizer, iteration: int) -> None:
 def reset_momentum(optimizer) -> None:
     """Sets Adam's momentum to zero, which the untrained critic has shaped."""
     for moments in optimizer.state.values():
-        # Adam's step count stays. So the momentum needs ten steps or so to grow again, and these
-        # steps are small.
+        # Adam's step count stays, so bias correction does not scale the new momentum up. The next
+        # ten steps or so are small.
         moments["exp_avg"].zero_()
 
 
@@ -817,7 +817,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         if begins_round or iteration == resumed_at:
             first_seed = args.seed * 1_000_003 + (iteration * world_size + rank) * N
             reset_info = buf.reset(envs, first_seed, stage_of)
-            # A run that is resumed in the middle of a round counts no episode until the next one.
+            # A run that is resumed in the middle of a round counts episodes from the next round on.
             statistics.begin_round(args.episodes_per_round if begins_round else 0)
             statistics.observe(slice(0, N), reset_info)
         else:
@@ -954,7 +954,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             if args.target_kl is not None and metrics.last("approx_kl") > args.target_kl:
                 break
         model.eval()
-        # From here on `iteration` is the number of updates done.
+        # `iteration` counts this update from here on.
         iteration += 1
         if iteration == args.critic_warmup:
             reset_momentum(optimizer)
