@@ -358,10 +358,8 @@ def build_optimizer(args: Args, params: list, heads: torch.nn.ModuleDict):
 
 def resume(run: Run, model, heads: torch.nn.ModuleDict, optimizer, metrics: Metrics) -> None:
     """Puts a checkpoint's training state back."""
-    # The learning rates are this call's own. Only the moments come from the checkpoint.
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": run.state["moments"]})
+    run.restore(model, optimizer)
     heads.load_state_dict(load_file(run.folder / "checkpoint" / "heads.safetensors"))
-    model.load_state_dict(run.state["adapter"], strict=False)
     # The rows since the last log belong to the next one.
     for row in run.state["history"]:
         values = torch.tensor(row, device=model.device)

@@ -57,8 +57,8 @@ from plumbing.checkpoint import (
     find_checkpoint,
     fingerprint,
     load_policy,
-    load_separator,
     model_folder,
+    require_separator,
     save_checkpoint,
     task_stats,
 )
@@ -584,14 +584,8 @@ def load_stages(args: Args, task: Task, folder: Path, codec: vla.Codec, device: 
     """
     if args.stage_source == "rules":
         return RuleStages(task.stages, args.silent_stages, device)
-    learned = load_separator(folder, args.env_id, device)
-    if not learned:
-        raise UserError(
-            f"no learned separator of {args.env_id} behind this policy: "
-            "sft.py trains one on demonstrations that it makes itself"
-        )
     # The separator was trained on the features of that SFT policy, so they stay frozen.
-    sft_folder, separator = learned
+    sft_folder, separator = require_separator(folder, args.env_id, device)
     sft_model, _, _ = load_policy(sft_folder, device)
     return LearnedStages(sft_model, separator, len(task.stages), codec)
 
@@ -675,11 +669,8 @@ def resume(run: Run, model, value_head: ValueHead, optimizer, statistics) -> dic
     """Puts a checkpoint's training state back. Returns the scalars of the first complete round."""
     if not run.state:
         return {}
-    # save_checkpoint has added Adam's moments and the LoRA adapter to the state. The learning
-    # rates are this call's own.
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": run.state["moments"]})
+    run.restore(model, optimizer)
     value_head.load_state_dict(load_file(run.folder / "checkpoint" / "value_head.safetensors"))
-    model.load_state_dict(run.state["adapter"], strict=False)
     statistics.recent = run.state["recent"]
     return run.state["first"]
 

@@ -52,12 +52,13 @@ from plumbing.checkpoint import (
     find_checkpoint,
     fingerprint,
     load_policy,
-    load_separator,
     model_folder,
+    require_separator,
     save_checkpoint,
     task_stats,
 )
 from plumbing.human_pairs import export_pairs, read_preferences
+from plumbing.report import write_text
 from plumbing.run import (
     Progress,
     Run,
@@ -557,12 +558,13 @@ def log_stages(run: Run, task: Task, rollouts: list[dict], with_costs: bool) -> 
     It logs the share that completed it, the mean steps, and the mean cost of those that entered it.
     """
     K = len(task.stages)
+    segments = [segment_steps(rollout["stage"], K) for rollout in rollouts]
     for k, name in enumerate(task.stages):
         completed = []
         steps = []
         costs = []
-        for rollout in rollouts:
-            in_stage = segment_steps(rollout["stage"], K)[k]
+        for rollout, segment in zip(rollouts, segments):
+            in_stage = segment[k]
             completed.append(num_completed(rollout, K, True) > k)
             steps.append(len(in_stage))
             if len(in_stage) and with_costs:
@@ -690,14 +692,8 @@ def load_learned(args: Args, source: Path, model, device: torch.device):
     """The frozen SFT policy and its separator; (None, None) where the rules give the stages."""
     if args.stage_source == "rules":
         return None, None
-    learned = load_separator(source, args.env_id, device)
-    if not learned:
-        raise UserError(
-            f"no learned separator of {args.env_id} behind this policy: "
-            "sft.py trains one on demonstrations that it makes itself"
-        )
     # The separator reads the features of the SFT policy that it was trained with.
-    sft_folder, separator = learned
+    sft_folder, separator = require_separator(source, args.env_id, device)
     # A policy that sft.py wrote reads its own features.
     if sft_folder == source:
         return model, separator
@@ -708,9 +704,7 @@ def load_learned(args: Args, source: Path, model, device: torch.device):
 def record_source(output: Path, source: Path, env_id: str) -> None:
     """Writes down whose roll-outs the folder holds."""
     # The fingerprint tells whether another policy is at that place when the run is resumed.
-    new = output / "source.tmp"
-    new.write_text(f"{source}\n{fingerprint(source)}\n{env_id}")
-    new.replace(output / "source.txt")
+    write_text(output / "source.txt", f"{source}\n{fingerprint(source)}\n{env_id}")
 
 
 def resume(args: Args, run: Run, model, optimizer) -> None:
@@ -718,9 +712,7 @@ def resume(args: Args, run: Run, model, optimizer) -> None:
     if not args.lora_rank:
         trained, _, _ = load_policy(args.output_dir, torch.device("cpu"))
         model.load_state_dict(trained.state_dict())
-    # The learning rate is this call's own. Only the moments come from the checkpoint.
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": run.state["moments"]})
-    model.load_state_dict(run.state["adapter"], strict=False)
+    run.restore(model, optimizer)
 
 
 def log_evaluation(args: Args, run: Run, model, processor, step: int) -> None:

@@ -360,6 +360,21 @@ def load_separator(
         return None
 
 
+def require_separator(
+    folder: Path,
+    env_id: str,
+    device: torch.device,
+) -> tuple[Path, nn.Linear]:
+    """What `load_separator` returns. Raises UserError where there is none for this task."""
+    learned = load_separator(folder, env_id, device)
+    if learned is None:
+        raise UserError(
+            f"no learned separator of {env_id} behind this policy: "
+            "sft.py trains one on demonstrations that it makes itself"
+        )
+    return learned
+
+
 # ---- what a policy knows -------------------------------------------------------------------------
 def task_stats(
     model: vla.OpenVLAForActionPrediction,

@@ -258,6 +258,12 @@ class Run:
                 f"{self.folder} was begun with {flag} = {begun}, not {now}: resume with the same"
             )
 
+    def restore(self, model, optimizer: torch.optim.Optimizer) -> None:
+        """Puts back what the checkpoint's training state holds: Adam's moments, a LoRA adapter."""
+        # The learning rates are this call's own.
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": self.state["moments"]})
+        model.load_state_dict(self.state["adapter"], strict=False)
+
     def open(self, settings: dict, output_dir: str, step: int) -> None:
         """Makes the folder and the TensorBoard writer, without what was logged after `step`.
 
@@ -293,16 +299,15 @@ class Run:
 
     def print_changes(self, settings: dict) -> None:
         """Says that the run is resumed, and which settings differ from those before."""
-        file = self.folder / "checkpoint" / "args.json"
-        if not file.exists():
+        if not self.state:
             return
-        before = json.loads(file.read_text())
         changed = []
         for name, value in settings.items():
             if name in ("resume", "checkpoint", "output_dir"):
                 continue
-            if before.get(name, value) != value:
-                changed.append(f"--{name.replace('_', '-')} {before[name]} -> {value}")
+            before = self.settings.get(name, value)
+            if before != value:
+                changed.append(f"--{name.replace('_', '-')} {before} -> {value}")
         if changed:
             print(f"resumed with other settings than before: {', '.join(changed)}")
         else:

@@ -337,7 +337,7 @@ def test_pairs_of_the_learned_separator_know_no_distance(tpo, monkeypatch):
         return pairs_of(rollouts, *args)
 
     monkeypatch.setattr(sta_tpo, "build_stage_pairs", build)
-    monkeypatch.setattr(sta_tpo, "load_separator", centred_separator)
+    monkeypatch.setattr(sta_tpo, "require_separator", centred_separator)
     for rollout in ROLLOUTS:
         monkeypatch.setitem(rollout, "stage", rollout["stage"].clone())
         monkeypatch.setitem(rollout, "distance", rollout["distance"].clone())

@@ -490,7 +490,7 @@ def test_learned_stages_shape_the_reward_and_the_simulator_s_potential_is_not_re
 
     # An untrained separator would see one stage everywhere.
     separator.bias.data = -separator.weight @ hidden_of(reset(1)[0]).mean(0)
-    monkeypatch.setattr(sta_ppo, "load_separator", lambda *args: (folder, separator))
+    monkeypatch.setattr(sta_ppo, "require_separator", lambda *args: (folder, separator))
     # Inside an update of one minibatch nothing moves away from the roll-out's policy.
     flags = (
         "--stage-source learned --kl-coef 0.5 --lora-rank 2 --learning-rate 0.01 --no-anneal-lr "
