@@ -45,7 +45,7 @@ from plumbing.report import (
 )
 from plumbing.run import Progress, check_numbers, one_line_errors
 from stare_utils import decode_stages, segment_stages
-from world.assets import check_world
+from world.assets import check_world, choose_renderer
 from world.tasks import EVAL_SEED, TASKS, Task, UserError, env_ids, get_task
 from world.vector import make_envs
 
@@ -72,6 +72,8 @@ class Args:
     """env processes (CPU) or parallel envs (GPU)"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
+    render: Literal["auto", "cpu", "gpu"] = "auto"
+    """where pictures are drawn: cpu is Mesa's software driver, auto is the GPU if there is one"""
     cuda: bool = True
     """put the model on the GPU if there is one"""
     capture_video: bool = False
@@ -511,6 +513,7 @@ def main(args: Args) -> None:
             "--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote"
         )
     check_numbers(asdict(args), {"num_eval_episodes": 1, "num_envs": 1})
+    choose_renderer(args.render)
 
     # ---- load ----
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")

@@ -26,9 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-# Idle OpenMP threads must sleep. Spinning ones take the cores from the env processes, and a forward
-# pass is then 20 times slower. The variable is read when torch is imported.
+# An idle OpenMP thread spins for a moment, because waking it takes longer. Then it must sleep:
+# spinning on would take the cores from the env processes. torch reads both when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ from plumbing.run import (
     one_line_errors,
     refuse_nan,
 )
-from world.assets import check_world
+from world.assets import check_world, choose_renderer
 from world.demos import collect_demos, read_demos
 from world.tasks import TASKS, UserError, env_ids
 
@@ -89,6 +90,8 @@ class Args:
     """env processes (CPU) or parallel envs (GPU) that make demonstrations and evaluate"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
+    render: Literal["auto", "cpu", "gpu"] = "auto"
+    """where pictures are drawn: cpu is Mesa's software driver, auto is the GPU if there is one"""
 
     # demonstrations
     demo_path: str = ""
@@ -309,6 +312,7 @@ def check_args(args: Args) -> list[str]:
         "save_freq": 1,
     }
     check_numbers(asdict(args), least)
+    choose_renderer(args.render)
     paths = [path for path in args.demo_path.split(",") if path]
     if paths and len(paths) != len(ids):
         raise UserError(

@@ -40,9 +40,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-# Idle OpenMP threads must sleep. Spinning ones take the cores from the env processes, and a forward
-# pass is then 20 times slower. The variable is read when torch is imported.
+# An idle OpenMP thread spins for a moment, because waking it takes longer. Then it must sleep:
+# spinning on would take the cores from the env processes. torch reads both when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 import tyro
@@ -73,7 +74,7 @@ from plumbing.run import (
     refuse_nan,
 )
 from stare_utils import shape_rewards
-from world.assets import check_world
+from world.assets import check_world, choose_renderer
 from world.statistics import EpisodeStatistics
 from world.tasks import TRAIN_SEEDS, Task, UserError, env_ids, get_task
 from world.vector import make_envs
@@ -108,6 +109,8 @@ class Args:
     """N: env processes (CPU) or parallel envs (GPU), for each process of a `torchrun` job"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """physics: cpu (one process per env) or cuda (ManiSkill's GPU simulation)"""
+    render: Literal["auto", "cpu", "gpu"] = "auto"
+    """where pictures are drawn: cpu is Mesa's software driver, auto is the GPU if there is one"""
 
     # the reward
     reward: Literal["stare", "sparse", "dense"] = "stare"
@@ -479,6 +482,7 @@ def check_args(args: Args, world_size: int) -> Task:
         "shaping_weight": -math.inf,
     }
     check_numbers(asdict(args), least)
+    choose_renderer(args.render)
     check_stage_args(args, task)
     # The advantage of a single step has no deviation to normalise by.
     steps = args.num_envs * args.num_steps

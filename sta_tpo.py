@@ -35,9 +35,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-# Idle OpenMP threads must sleep. Spinning ones take the cores from the env processes, and a forward
-# pass is then 20 times slower. The variable is read when torch is imported.
+# An idle OpenMP thread spins for a moment, because waking it takes longer. Then it must sleep:
+# spinning on would take the cores from the env processes. torch reads both when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ from plumbing.run import (
     tpo_symptoms,
 )
 from stare_utils import decode_stages, segment_stages, segment_steps, stage_costs
-from world.assets import check_world
+from world.assets import check_world, choose_renderer
 from world.tasks import TRAIN_SEEDS, Task, UserError, env_ids, get_task
 from world.vector import make_envs
 
@@ -101,6 +102,8 @@ class Args:
     """task"""
     num_envs: int = 8
     """env processes for roll-outs and evaluation"""
+    render: Literal["auto", "cpu", "gpu"] = "auto"
+    """where pictures are drawn: cpu is Mesa's software driver, auto is the GPU if there is one"""
 
     # roll-outs
     num_initial_states: int = 64
@@ -647,6 +650,7 @@ def check_args(args: Args) -> Task:
         "save_freq": 1,
     }
     check_numbers(asdict(args), least)
+    choose_renderer(args.render)
     if args.cost_coef is None:
         args.cost_coef = 0.01 if args.cost == "sum" else 0.1
     # A person judged the roll-outs of one run, so the verdicts go with its folder.

@@ -16,6 +16,7 @@ of the ViT's parameters. The code is our own.
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -450,6 +452,85 @@ class Projector(nn.Module):
         return x
 
 
+# ---- the language model --------------------------------------------------------------------------
+# These functions run the layers of transformers' LlamaModel, whose modules hold the weights.
+# Its own pass takes longer, because it computes the last layer at all positions.
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Llama's normalisation with the weights of its module `norm`. (..., D) -> the same."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding. x: (B, L, heads, width). cos, sin: (B, L, 1, width).
+
+    The first half of `sin` has the opposite sign.
+    """
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+def llama_layer(layer, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, kept: int):
+    """One layer over x (B, L, D), which stands after the cached positions.
+
+    cos, sin: as for `rotate`. mask: (B, 1, L, positions), -inf where a token may not look.
+    past: keys and values (B, heads, positions, width) of the cached positions, or None.
+    Returns the output at the last `kept` positions (0: at all), and keys and values of all.
+    """
+    attention = layer.self_attn
+    heads = (len(x), -1, attention.config.num_attention_heads, attention.head_dim)
+    # Several heads may share their keys and values.
+    shared = (len(x), -1, attention.config.num_key_value_heads, attention.head_dim)
+    normed = rms_norm(layer.input_layernorm, x)
+    k = rotate(attention.k_proj(normed).view(shared), cos, sin).transpose(1, 2)
+    v = attention.v_proj(normed).view(shared).transpose(1, 2)
+    if past is not None:
+        k = torch.cat([past[0], k], 2)
+        v = torch.cat([past[1], v], 2)
+    # All that follows is needed at the kept positions alone.
+    q = attention.q_proj(normed[:, -kept:]).view(heads)
+    q = rotate(q, cos[:, -kept:], sin[:, -kept:]).transpose(1, 2)
+    bias = mask[:, :, -kept:]
+    gqa = heads != shared
+    attended = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=gqa)
+    x = x[:, -kept:] + attention.o_proj(attended.transpose(1, 2).flatten(2))
+    normed = rms_norm(layer.post_attention_layernorm, x)
+    gated = F.silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
+    return x + layer.mlp.down_proj(gated), (k, v)
+
+
+def llama(model, x: Tensor, mask: Tensor, past: list | None, kept: int):
+    """All layers of a LlamaModel over embeddings x (B, L, D), after the cached positions.
+
+    mask: (B, positions) over the cached positions and x, 0 at padding.
+    past: keys and values of each layer, as an earlier call has returned them, or None.
+    Returns the hidden state at the last `kept` positions (0: at all), and keys and values.
+    """
+    L = x.shape[1]
+    # Padding does not advance the position, so it changes no log-probability.
+    positions = mask.cumsum(-1)[:, -L:] - 1
+    cos, sin = model.rotary_emb(x, positions)  # (B, L, width)
+    first, second = sin.chunk(2, -1)
+    sin = torch.cat([-first, second], -1)
+    # All heads share them.
+    cos = cos[:, :, None]
+    sin = sin[:, :, None]
+    # A token sees itself and what comes before it, but no padding.
+    before = mask.new_ones(L, mask.shape[1]).tril(mask.shape[1] - L)
+    unseen = (before * mask[:, None])[:, None] == 0  # (B, 1, L, positions)
+    bias = x.new_zeros(unseen.shape).masked_fill(unseen, -torch.inf)
+    cache = []
+    for i, layer in enumerate(model.layers):
+        layer_past = past[i] if past else None
+        # Nothing reads the other outputs of the last layer.
+        layer_kept = kept if i == len(model.layers) - 1 else 0
+        run = llama_layer
+        if layer.gradient_checkpointing and layer.training:
+            run = functools.partial(checkpoint, llama_layer, use_reentrant=False)
+        x, keys_values = run(layer, x, cos, sin, bias, layer_past, layer_kept)
+        cache.append(keys_values)
+    return rms_norm(model.norm, x), cache
+
+
 # ---- the model -----------------------------------------------------------------------------------
 @dataclass
 class OpenVLAOutput(ModelOutput):
@@ -540,23 +621,15 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             embeds = torch.cat([embeds[:, :1], inserted, embeds[:, 1:]], 1)
             seen = mask.new_ones(inserted.shape[:2])
             mask = torch.cat([mask[:, :1], seen, mask[:, 1:]], 1)
-        # Padding does not advance the position, so it changes no log-probability.
-        positions = mask.cumsum(-1) - 1
-        out = self.language_model.model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions[:, -embeds.shape[1] :],
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+        hidden, cache = llama(
+            self.language_model.model, embeds, mask, past_key_values, logits_to_keep
         )
-        # The default keeps all positions, because -0 is 0.
-        kept = out.last_hidden_state[:, -logits_to_keep:]
         # The head is the widest layer, so it runs on the kept positions alone.
-        logits = self.language_model.lm_head(kept)
+        logits = self.language_model.lm_head(hidden)
         return OpenVLAOutput(
             logits=logits,
-            last_hidden_state=kept,
-            past_key_values=out.past_key_values,
+            last_hidden_state=hidden,
+            past_key_values=cache if use_cache else None,
         )
 
     @classmethod
@@ -737,11 +810,18 @@ class PrismaticImageProcessor(BaseImageProcessor):
             x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
             # OpenVLA resizes with Pillow, which returns whole numbers from 0 to 255.
             x = x.clamp(0, 255).round()
-        mean = torch.tensor(self.means, device=x.device).view(-1, 3, 1, 1)
-        std = torch.tensor(self.stds, device=x.device).view(-1, 3, 1, 1)
+        # The channels of a pixel stay side by side in memory, which suits convolutions.
+        x = x.movedim(1, -1)[..., None, :]  # (B, h, w, 1, 3)
+        mean = torch.tensor(self.means, device=x.device)
+        std = torch.tensor(self.stds, device=x.device)
+        # (x / 255 - mean) / std in one pass. It scales whole rows of pixels, because a loop over
+        # three channels is slow.
+        scale = (1 / (255 * std)).repeat(size[1], 1, 1)  # (w, towers, 3)
+        offset = (-mean / std).repeat(size[1], 1, 1)
+        pixels = torch.addcmul(offset, x, scale)  # (B, h, w, towers, 3)
         # Each tower has its own mean and deviation.
-        pixels = (x[:, None] / 255 - mean) / std  # (B, towers, 3, h, w)
-        return BatchFeature({"pixel_values": pixels.flatten(1, 2)})
+        pixels = pixels.flatten(3).movedim(-1, 1)
+        return BatchFeature({"pixel_values": pixels})
 
 
 class PrismaticProcessor(ProcessorMixin):

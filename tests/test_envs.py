@@ -21,15 +21,30 @@ from mani_skill.envs.utils.system.backend import parse_sim_and_render_backend
 
 import eval as evaluation
 import vla
+import world.assets
 import world.demos
 import world.envs
 import world.vector
 from plumbing.report import mean_rows, paired_difference, result_table, wilson
-from world.assets import STOCK_SHADERS, light_assets
+from world.assets import (
+    STOCK_SHADERS,
+    check_renderer,
+    choose_renderer,
+    draws_on_gpu,
+    light_assets,
+)
 from world.demos import read_demos
 from world.envs import StageEnv
-from world.tasks import ALIASES, EVAL_SEED, TRAIN_SEEDS
-from world.vector import ProcessEnv, ScriptedExpert, StageVectorEnv, make_envs
+from world.tasks import ALIASES, EVAL_SEED, TRAIN_SEEDS, UserError
+from world.vector import (
+    ScriptedExpert,
+    StageVectorEnv,
+    info_fields,
+    make_envs,
+    make_process_env,
+    pack_infos,
+    unpack_infos,
+)
 
 K = len(TASK.stages)
 INFOS = {
@@ -465,6 +480,7 @@ def test_a_gpu_draws_into_the_memory_of_the_env_process(local_rank, monkeypatch)
         asked.update(kwargs)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("VK_ICD_FILENAMES", raising=False)
     monkeypatch.setattr(sapien, "Device", device)
     monkeypatch.setattr(world.envs, "scene_class", lambda *args: ask)
     expected = "cuda"
@@ -479,6 +495,44 @@ def test_a_gpu_draws_into_the_memory_of_the_env_process(local_rank, monkeypatch)
     assert backend.render_backend != "sapien_cuda"
     assert backend.device.type == "cpu"
     assert devices[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "render", "on_gpu"),
+    [
+        (True, "auto", True),
+        (True, "gpu", True),
+        (True, "cpu", False),
+        (False, "auto", False),
+        (False, "cpu", False),
+    ],
+)
+def test_render_chooses_where_pictures_are_drawn(has_gpu, render, on_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.delenv("VK_ICD_FILENAMES", raising=False)
+    monkeypatch.delenv("LP_NUM_THREADS", raising=False)
+    choose_renderer(render)
+    assert draws_on_gpu() == on_gpu
+    # A later check chooses nothing else.
+    choose_renderer("auto")
+    assert draws_on_gpu() == on_gpu
+    options = world.envs.simulator_options(TASK, "cpu", True, "sparse", True, 128)
+    assert options["render_backend"] == ("cuda_cpu" if on_gpu else "cpu")
+    assert ("lvp" in os.environ.get("VK_ICD_FILENAMES", "")) != on_gpu
+
+
+def test_a_renderer_that_is_not_there_is_named(monkeypatch):
+    with pytest.raises(UserError, match="--render cpu"):
+        choose_renderer("gpu")
+    monkeypatch.setattr(world.assets, "SOFTWARE_DRIVER", "no_such_driver")
+    with pytest.raises(UserError, match="Mesa"):
+        choose_renderer("cpu")
+    monkeypatch.undo()
+    # The machine has a GPU, and --render cpu has been given.
+    choose_renderer("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="leave out --render cpu"):
+        check_renderer("cuda")
 
 
 def test_env_processes_do_not_import_the_script_again(monkeypatch):
@@ -511,10 +565,30 @@ def process_settings() -> tuple:
 def test_the_env_that_gymnasium_makes_in_the_script_leaves_the_script_as_it_was():
     threads, *before = process_settings()
     torch.set_num_threads(3)
-    ProcessEnv("PickCube-v1", 0, 0).close()
+    env = make_process_env("PickCube-v1", 0, 0, {"image_size": 64})
     after = process_settings()
     torch.set_num_threads(threads)
     assert after == (3, *before)
+    assert not hasattr(env, "env")
+    assert env.observation_space["rgb"].shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("env_id", ["PickCube-v1", "LiftPegUpright-v1"])
+def test_infos_come_out_of_a_row_of_numbers_as_they_went_in(env_id):
+    """LiftPegUpright-v1 reports one number more. The seed is too large for a float32."""
+    env = StageEnv(env_id, 1, "cpu", 0, render=False)
+    env.reset(seed=2**30 - 1)
+    *_, infos = env.step(env.expert_action(RIGHT))
+    del infos["_final_info"]
+    fields = info_fields(env.task)
+    row = torch.from_numpy(pack_infos(infos, fields))
+    found = unpack_infos(torch.stack([row, row]), fields)
+    assert found.keys() == infos.keys()
+    for name, x in infos.items():
+        assert found[name].dtype == x.dtype
+        assert torch.equal(found[name], torch.cat([x, x]))
+    assert found["seed"].tolist() == [2**30 - 1] * 2
+    env.close()
 
 
 # ---- demonstrations ----

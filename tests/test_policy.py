@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import STATS, call, frames, prompt, tiny_model, write_demos
 from PIL import Image
+from transformers import LlamaModel
 
 import eval as evaluation
 import sft
@@ -339,6 +340,126 @@ def test_lora_of_a_bfloat16_model_is_float32_and_merged_with_one_rounding(tmp_pa
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(loaded.projector.fc1.weight, merged)
     assert not torch.equal(merged, layer.weight)
+
+
+# ---- the language model ----
+def theirs(model, x, mask, past=None):
+    """transformers' own pass: the hidden state at all positions, and its cache."""
+    positions = (mask.cumsum(-1) - 1)[:, -x.shape[1] :]
+    out = model.language_model.model(
+        inputs_embeds=x,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=past,
+        use_cache=True,
+    )
+    return out.last_hidden_state, out.past_key_values
+
+
+def embeddings(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (3, 9, D) and their mask, with padding in two rows."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 9, model.config.text_config.hidden_size, generator=g)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, 1:3] = 0
+    mask[2, 1:6] = 0
+    return x, mask
+
+
+@pytest.mark.parametrize("make", [tiny_model, two_towers])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 4])
+def test_the_language_model_s_pass_is_that_of_transformers(make, lora, kept):
+    model, _ = make()
+    llama = model.language_model.model
+    if lora:
+        vla.add_lora(model, 4)
+        for p in model.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+    x, mask = embeddings(model)
+    params = [p for p in llama.parameters() if p.requires_grad]
+
+    def gradient(output: torch.Tensor) -> torch.Tensor:
+        grads = torch.autograd.grad(output.sin().sum(), params, allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None])
+
+    expected = theirs(model, x, mask)[0][:, -kept:]
+    found, _ = vla.llama(llama, x, mask, None, kept)
+    assert (found - expected).abs().max() < 1e-5
+    mine = gradient(found)
+    other = gradient(expected)
+    assert (mine - other).norm() < 1e-5 * other.norm() and other.norm() > 0
+
+
+@torch.no_grad()
+def test_heads_that_share_keys_and_scaled_positions_are_those_of_transformers():
+    config = vla.tiny_config(width=64, layers=2).text_config
+    config.num_key_value_heads = 2
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    config.rope_parameters = {**yarn, "original_max_position_embeddings": 64}
+    torch.manual_seed(0)
+    llama = LlamaModel(config).eval()
+    assert llama.rotary_emb.attention_scaling > 1
+    x = torch.randn(2, 9, 64)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    expected = llama(inputs_embeds=x, attention_mask=mask).last_hidden_state
+    found, _ = vla.llama(llama, x, mask, None, 0)
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("make", [tiny_model, two_towers])
+@torch.no_grad()
+def test_the_cache_continues_a_pass(make):
+    """Two tokens at once, then one."""
+    model, _ = make()
+    x, mask = embeddings(model)
+    their_past = past = None
+    for part in (slice(0, 6), slice(6, 8), slice(8, 9)):
+        seen = mask[:, : part.stop]
+        expected, their_past = theirs(model, x[:, part], seen, their_past)
+        kept = 1 if part.start else 0
+        found, past = vla.llama(model.language_model.model, x[:, part], seen, past, kept)
+        assert (found - expected[:, -kept:]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_language_model_s_pass_in_bfloat16_is_as_good_as_that_of_transformers():
+    model, _ = tiny_model()
+    llama = model.language_model.model
+    x, mask = embeddings(model)
+    exact, _ = theirs(model, x, mask)
+    model.bfloat16()
+    expected, _ = theirs(model, x.bfloat16(), mask)
+    found, _ = vla.llama(llama, x.bfloat16(), mask, None, 0)
+    assert found.dtype == torch.bfloat16
+    # Both round, each in its own places.
+    assert (found - exact).abs().mean() < 1.2 * (expected - exact).abs().mean()
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_language_model_s_layers_are_computed_again_in_the_backward_pass(
+    lora_rank, monkeypatch
+):
+    calls = []
+    layer = vla.llama_layer
+
+    def counted(*inputs):
+        calls.append(1)
+        return layer(*inputs)
+
+    monkeypatch.setattr(vla, "llama_layer", counted)
+    gradients = []
+    for checkpointing in (False, True):
+        model, processor = tiny_model()
+        params = vla.prepare_training(model, lora_rank, checkpointing)
+        inputs = prompt(processor, frames(3))
+        calls.clear()
+        logprob, *_ = sta_ppo.action_logprob(model.train(), inputs, random_bins(3), ACTIVE)
+        logprob.sum().backward()
+        # The model has two layers.
+        assert len(calls) == 2 * (1 + checkpointing)
+        gradients.append(torch.cat([p.grad.flatten() for p in params]))
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 # ---- the tiny model ----

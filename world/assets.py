@@ -1,18 +1,21 @@
 """What stands around a task: light meshes, cameras, out-of-distribution scenes, and the renderer.
 
-`light_assets` spares a software renderer what nobody sees. `scene_class` gives ManiSkill's envs our
-cameras and, if asked, one thing that training never varies. `check_world` finds what is missing
-before a script makes anything.
+`light_assets` and `LightScene` spare a software renderer what nobody sees. `scene_class` gives
+ManiSkill's envs our cameras and, if asked, one thing that training never varies. `check_world`
+finds what is missing before a script makes anything.
 Letters: N envs. Units: metres.
 """
 
-import contextlib
+import functools
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
+import fast_simplification
 import mani_skill
 import numpy as np
 import sapien
@@ -21,9 +24,11 @@ from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils.registration import REGISTERED_ENVS
 from mani_skill.utils.sapien_utils import look_at
+from mani_skill.utils.structs.actor import Actor
 from mani_skill.utils.structs.pose import Pose
 
 from stare_utils import Tensor
+from world.lean import LeanEnv
 from world.tasks import Task, UserError, flat, get_task
 
 # Pixels: the side of the square observation, unless an env is asked for another.
@@ -35,6 +40,12 @@ OOD_CAMERA = 0.05
 # Metres: training moves SimplerEnv's objects this far, along x and y, from the grid of initial
 # configurations. Evaluation plays the grid itself.
 TRAIN_JITTER = 0.02
+# The share of its triangles that a fine mesh keeps.
+KEPT = 0.05
+# A mesh with fewer triangles than this is not simplified.
+FINE = 1000
+# The name of Mesa's software driver begins with this.
+SOFTWARE_DRIVER = "lvp_icd"
 # SAPIEN's own function, which ManiSkill calls for each camera. world/envs.py replaces it.
 STOCK_SHADERS = sapien.render.set_camera_shader_dir
 
@@ -44,13 +55,30 @@ def light_assets() -> Path:
     """The folder of the Panda's files and of shaders that spare a software renderer much work.
 
     The folder is made once, in the user's cache. It holds panda_v2.urdf, panda_v3.urdf (with the
-    wrist camera) and shaders/. The physics is the same, because collision meshes are untouched.
+    wrist camera), shaders/ and colour_shaders/. The latter draw no segmentation. The physics is the
+    same, because collision meshes are untouched.
+    Raises UserError if the folder cannot be written.
     """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    name = f"light-{mani_skill.__version__}-{sapien.__version__}"
+    # The number is that of what `make_light_assets` makes. A new one leaves old caches aside.
+    name = f"light-3-{mani_skill.__version__}-{sapien.__version__}"
     cache = cache_home / "stare-vla" / name
     if cache.exists():
         return cache
+    try:
+        make_light_assets(cache)
+    except OSError as error:
+        # shutil's errors are a list of all files that failed. The first says why.
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+        raise UserError(
+            f"the light meshes cannot be written to {cache.parent} ({reason}): set XDG_CACHE_HOME"
+            " to another folder"
+        ) from None
+    return cache
+
+
+def make_light_assets(cache: Path) -> None:
+    """Makes the folder of `light_assets`, or nothing at all. Raises OSError if a write fails."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.parent) as new:
         folder = Path(new) / "panda"
@@ -58,11 +86,14 @@ def light_assets() -> Path:
         for file in (folder / "franka_description/meshes/visual").glob("*.glb"):
             simplify_mesh(file)
         remove_wrist_camera(folder / "panda_v3.urdf")
-        light_shaders(folder / "shaders")
-        # The rename fails if another process was faster. Its folder is the same.
-        with contextlib.suppress(OSError):
+        light_shaders(folder / "shaders", segmentation=True)
+        light_shaders(folder / "colour_shaders", segmentation=False)
+        try:
             folder.rename(cache)
-    return cache
+        except OSError:
+            # Another process may have been faster. Its folder is the same.
+            if not cache.exists():
+                raise
 
 
 def simplify_mesh(file: Path) -> None:
@@ -79,7 +110,7 @@ def simplify_mesh(file: Path) -> None:
         # The file holds loose triangles. They can collapse only after their corners are merged.
         merged.merge_vertices(merge_tex=True, merge_norm=True)
         # trimesh calls the package fast_simplification here.
-        light = merged.simplify_quadric_decimation(percent=0.95)
+        light = merged.simplify_quadric_decimation(percent=1 - KEPT)
         light.visual = trimesh.visual.TextureVisuals(material=mesh.visual.material)
         scene.geometry[name] = light
     scene.export(file)
@@ -94,33 +125,160 @@ def remove_wrist_camera(urdf: Path) -> None:
     urdf.write_text(re.sub(visual, "", urdf.read_text(), flags=re.S))
 
 
-def light_shaders(folder: Path) -> None:
-    """Copies SAPIEN's shaders without the table for reflections of an environment map.
+# What the colour of a pixel does not need, as (pattern, replacement).
+COLOUR_EDITS = (
+    # No scene here has an environment map. Every process would compute its table of reflections for
+    # some ten seconds, and each pixel would be looked up in a black map.
+    (r"layout[^\n]*samplerBRDFLUT;\n", ""),
+    (r"vec3 specularIBL.*?\n}\n", ""),
+    (r"  vec3 wnormal = .*?(?=  color \+= sceneBuffer\.ambientLight)", ""),
+    # The picture is drawn in one pass. A second pass would only put it on a black background, and
+    # darken what is half transparent, which nothing is here.
+    (r"out vec4 outColorRaw;", "out vec4 outColor;"),
+    (r"  outColorRaw = ", "  outColor = "),
+)
+# Where a photograph will cover the pixel, its distance is enough: see `cover`.
+COVER_EDIT = (
+    r"void main\(\) \{\n",
+    """void main() {
+  if (materialBuffer.transmission == 1) {
+    outColor = vec4(0, 0, 0, 1);
+    outPositionSegmentation = ivec4(ivec3(inPosition * 1000), inSegmentation[1]);
+    return;
+  }
+""",
+)
+# Without the segmentation, which only the photograph needs.
+COLOUR_ONLY_EDITS = (
+    (r"layout\(location = 1\) out ivec4 outPositionSegmentation;\n", ""),
+    (r"  outPositionSegmentation = [^\n]*\n", ""),
+)
 
-    No scene here has such a map, so the pixels are the same. Every process would compute the table
-    for some ten seconds.
+
+def light_shaders(folder: Path, segmentation: bool) -> None:
+    """Copies SAPIEN's shaders, and makes those cheaper that draw the pictures of a policy.
+
+    The pixels are the same, unless something is half transparent.
+    segmentation: draw the segmentation too.
+    Raises AssertionError if SAPIEN's shaders are not those that the edits were written for.
     """
     shutil.copytree(Path(sapien.__file__).parent / "vulkan_shader", folder)
-    # The shaders name the table in its declaration and in one look-up.
-    for shader in (folder / "minimal").glob("*.frag"):
-        text = re.sub(r"layout.*samplerBRDFLUT;\n", "", shader.read_text())
-        text = re.sub(r"texture\(samplerBRDFLUT.*\.xy", "vec2(0)", text)
-        shader.write_text(text)
+    for second_pass in (folder / "minimal").glob("composite*"):
+        second_pass.unlink()
+    shader = folder / "minimal/gbuffer.frag"
+    text = shader.read_text()
+    edits = (COVER_EDIT,) if segmentation else COLOUR_ONLY_EDITS
+    for pattern, replacement in COLOUR_EDITS + edits:
+        text, count = re.subn(pattern, replacement, text, flags=re.S)
+        # Another SAPIEN may have other shaders. A silent miss would draw something else.
+        assert count == 1, f"{pattern} is {count} times in SAPIEN's gbuffer.frag"
+    shader.write_text(text)
+
+
+# ---- light scenes ----
+class LightScene:
+    """Goes before an env's class. Its objects move as before and are drawn with few triangles.
+
+    The shaders must be those of `light_assets`.
+    """
+
+    def _load_scene(self, options: dict):
+        super()._load_scene(options)
+        if not self.scene.can_render():
+            return
+        if "ground" in self.scene.actors:
+            redraw(self.scene.actors["ground"], two_triangles)
+        # SimplerEnv names what it shows. A photograph covers all else.
+        shown = getattr(self, "objects_excluded_from_greenscreening", self.scene.actors)
+        for name, actor in self.scene.actors.items():
+            if name not in shown:
+                redraw(actor, cover)
+
+
+def redraw(actor: Actor, shape: Callable) -> None:
+    """Gives an actor other shapes to draw. shape: makes a new one of each old one."""
+    for entity in actor._objs:
+        old = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        new = sapien.render.RenderBodyComponent()
+        for old_shape in old.render_shapes:
+            new_shape = shape(old_shape)
+            new_shape.local_pose = old_shape.local_pose
+            new.attach(new_shape)
+        entity.remove_component(old)
+        entity.add_component(new)
+
+
+def two_triangles(
+    square: sapien.render.RenderShapeTriangleMesh,
+) -> sapien.render.RenderShapeTriangleMesh:
+    """The same flat square, which ManiSkill makes of 20,000 triangles."""
+    (part,) = square.parts
+    x, y, _ = part.vertices.T
+    # Counterclockwise, because the renderer leaves out triangles that are seen from behind.
+    corners = [np.argmin(x + y), np.argmax(x - y), np.argmax(x + y), np.argmin(x - y)]
+    return sapien.render.RenderShapeTriangleMesh(
+        vertices=part.vertices[corners],
+        triangles=[[0, 1, 2], [0, 2, 3]],
+        normals=part.get_vertex_normal()[corners],
+        uvs=part.get_vertex_uv()[corners],
+        material=part.material,
+    )
+
+
+def cover(
+    shape: sapien.render.RenderShapeTriangleMesh,
+) -> sapien.render.RenderShapeTriangleMesh:
+    """A shape that hides what is behind it, in no colour of its own.
+
+    A photograph will cover it, so that only its outline is ever seen.
+    """
+    vertices, triangles = outline(shape.filename)
+    material = sapien.render.RenderMaterial()
+    # No scene here has glass, so this number tells the shader not to compute a colour.
+    material.transmission = 1
+    return sapien.render.RenderShapeTriangleMesh(
+        vertices=vertices * shape.scale,
+        triangles=triangles,
+        normals=np.ones_like(vertices),
+        uvs=np.zeros((len(vertices), 2)),
+        material=material,
+    )
+
+
+@functools.cache
+def outline(file: str) -> tuple[np.ndarray, np.ndarray]:
+    """The vertices (V, 3) and triangles (T, 3) of a mesh file, simplified if they are many.
+
+    A scene is built anew for every seeded episode, but the file is simplified once a process.
+    """
+    parts = sapien.render.RenderShapeTriangleMesh(file).parts
+    corners = np.concatenate([part.vertices[part.triangles].reshape(-1, 3) for part in parts])
+    # The file holds loose triangles. They can collapse only after their corners are merged.
+    vertices, index = np.unique(corners, axis=0, return_inverse=True)
+    triangles = index.reshape(-1, 3).astype(np.int32)
+    if len(triangles) < FINE:
+        return vertices, triangles
+    # A collapse may move the outline by very little. It ends with a quarter of the triangles.
+    return fast_simplification.simplify(vertices, triangles, target_reduction=1 - KEPT, agg=2)
 
 
 # ---- scenes ----
-def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool, image_size: int) -> type:
+def scene_class(
+    env_id: str, stock_camera: bool, ood: str, render: bool, image_size: int, light: bool = False
+) -> type:
     """ManiSkill's env class with our cameras and, out of distribution, one changed thing.
 
     stock_camera: keep the env's own camera. image_size: the side of the observation (pixels).
     ood: "none", or a thing that training never varies, drawn from each episode's seed. "position"
     moves the object and what belongs to it OOD_SHIFT away from the middle of the table or grid.
     "camera" moves each camera by OOD_CAMERA in a random direction. "lighting" replaces the lamps.
+    light: one env on a CPU, computed and drawn in less time: see `LeanEnv` and `LightScene`.
     Raises UserError on an unknown env id.
     """
     task = get_task(env_id)
+    light_bases = (LeanEnv, LightScene) if light else ()
 
-    class Scene(REGISTERED_ENVS[env_id].cls):
+    class Scene(*light_bases, REGISTERED_ENVS[env_id].cls):
         SUPPORTED_OBS_MODES = ("none", "rgb", "rgb+segmentation")
         if not render:
             # SimplerEnv pastes a photograph behind the robot.
@@ -130,10 +288,7 @@ def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool, image_s
         def _default_sensor_configs(self):
             if stock_camera or not task.views:
                 return super()._default_sensor_configs
-            shifts = np.zeros((len(task.views), 3))
-            if ood == "camera":
-                shifts = draw_camera_shifts(self, len(task.views))
-            return cameras(task, image_size, shifts)
+            return cameras(self, task, image_size, ood)
 
         def _load_lighting(self, options: dict):
             if ood == "lighting":
@@ -146,11 +301,10 @@ def scene_class(env_id: str, stock_camera: bool, ood: str, render: bool, image_s
             if task.grid:
                 grid = self.xyz_configs
                 middle = grid[:, 0].mean(0)
-                # Only an evaluation names its configuration. It plays that as it is.
+                # An evaluation names its configuration, and plays that as it is.
                 if "episode_id" not in options:
                     self.xyz_configs = draw_beside(grid, len(task.movable(self)))
-                # The stock env moves the arm back only when the objects have settled.
-                # Some would settle in its fingers, so the arm waits high above the table.
+                # Some objects would settle in the fingers, so the arm waits high above the table.
                 self.agent.robot.set_pose(sapien.Pose([0, 0, 5]))
             super()._initialize_episode(env_idx, options)
             if task.grid:
@@ -166,11 +320,14 @@ def draw(env: BaseEnv, *size: int) -> np.ndarray:
     return np.random.default_rng(int(env._episode_seed[0])).standard_normal(size)
 
 
-def cameras(task: Task, image_size: int, shifts: np.ndarray) -> list[CameraConfig]:
+def cameras(env: BaseEnv, task: Task, image_size: int, ood: str) -> list[CameraConfig]:
     """The task's cameras, whose pictures together fill a square of image_size pixels.
 
-    shifts: (number of views, 3) metres, by which the eyes are moved.
+    ood: "camera" moves the eyes, see `scene_class`.
     """
+    shifts = np.zeros((len(task.views), 3))
+    if ood == "camera":
+        shifts = draw_camera_shifts(env, len(task.views))
     width = image_size if task.wide else image_size // 2
     height = image_size // 2 if task.wide else image_size
     configs = []
@@ -243,7 +400,7 @@ def check_world(
     if get_task(env_id).grid:
         check_simplerenv(env_id, backend, reward)
     if render:
-        check_renderer()
+        check_renderer(backend)
     if render and not full_meshes:
         # The meshes are made once here, and not once in every env process.
         light_assets()
@@ -259,29 +416,86 @@ def check_simplerenv(env_id: str, backend: str, reward: str) -> None:
             " so success could not end one"
         )
     data = mani_skill.ASSET_DIR
+    for file in simplerenv_files(env_id, data):
+        # A model's visual mesh has one of several formats.
+        if not any(file.parent.glob(file.name)):
+            download = "python -m mani_skill.utils.download_asset"
+            raise UserError(
+                f"{env_id} needs {file}, which is missing: run `{download} bridge_v2_real2sim -y"
+                f" && {download} widowx250s -y`, or set MS_ASSET_DIR to the folder whose data/"
+                " holds them"
+            )
+
+
+def simplerenv_files(env_id: str, data: Path) -> list[Path]:
+    """The meshes that one of SimplerEnv's tasks needs. A name may end with a wildcard.
+
+    data: the folder of all assets.
+    """
+    env_class = REGISTERED_ENVS[env_id].cls
     scene = data / "tasks/bridge_v2_real2sim_dataset"
-    robot = data / "robots/widowx"
-    if not (scene.is_dir() and robot.is_dir()):
-        download = "python -m mani_skill.utils.download_asset"
-        raise UserError(
-            f"{env_id} needs assets that are not in {data}: run `{download} bridge_v2_real2sim -y"
-            f" && {download} widowx250s -y`, or set MS_ASSET_DIR to the folder whose data/ holds"
-            " them"
-        )
+    stage = "bridge_table_1_v1.glb"
+    photograph = "bridge_real_eval_1.png"
+    models = list(env_class.objects_excluded_from_greenscreening)
+    if env_class.scene_setting == "sink":
+        stage = "bridge_table_1_v2.glb"
+        photograph = "bridge_sink.png"
+        models += ["sink", "dummy_sink_target_plane"]
+
+    files = [
+        scene / "custom/info_bridge_custom_v0.json",
+        scene / "stages" / stage,
+        scene / "real_inpainting" / photograph,
+    ]
+    for model in models:
+        folder = scene / "custom/models" / model
+        files += [folder / "collision.obj", folder / "textured.*"]
+    urdf = data / "robots/widowx/wx250s.urdf"
+    files.append(urdf)
+    if urdf.exists():
+        # The robot's description names its meshes.
+        meshes = ElementTree.parse(urdf).iter("mesh")
+        files += [urdf.parent / mesh.get("filename") for mesh in meshes]
+    return files
 
 
-def check_renderer() -> None:
-    """Chooses the software driver if there is no GPU. Raises UserError if SAPIEN cannot render."""
-    if not torch.cuda.is_available():
-        # Several drivers may be installed. This is Mesa's, which renders on the CPU.
-        for driver in Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"):
-            os.environ.setdefault("VK_ICD_FILENAMES", str(driver))
-        # The driver draws in the process that asks, because the env processes are parallel already.
-        os.environ.setdefault("LP_NUM_THREADS", "0")
+def choose_renderer(render: str) -> None:
+    """Chooses where pictures are drawn, before any env or env process is made.
+
+    render: "gpu", or "cpu", which is Mesa's software driver. "auto" is the GPU if there is one.
+    Raises UserError if there is no such renderer.
+    """
+    has_gpu = torch.cuda.is_available()
+    if render == "gpu" and not has_gpu:
+        raise UserError("--render gpu: PyTorch finds no GPU here; use --render cpu")
+    if render == "gpu" or (render == "auto" and has_gpu):
+        return
+    # Several drivers may be installed. This is Mesa's, which renders on the CPU.
+    drivers = list(Path("/usr/share/vulkan/icd.d").glob(f"{SOFTWARE_DRIVER}*.json"))
+    if render == "cpu" and not drivers:
+        raise UserError("--render cpu: Mesa's software driver is not installed; run ./setup.sh")
+    for driver in drivers:
+        os.environ.setdefault("VK_ICD_FILENAMES", str(driver))
+    # The driver draws in the process that asks, because the env processes are parallel already.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+
+
+def draws_on_gpu() -> bool:
+    """Whether a GPU draws the pictures, as `choose_renderer` has chosen."""
+    software = SOFTWARE_DRIVER in os.environ.get("VK_ICD_FILENAMES", "")
+    return torch.cuda.is_available() and not software
+
+
+def check_renderer(backend: str) -> None:
+    """Raises UserError if SAPIEN cannot render. backend: "cpu" or "cuda", where to simulate."""
+    # Without a choice it is the GPU if there is one.
+    choose_renderer("auto")
+    if backend == "cuda" and not draws_on_gpu():
+        raise UserError("--backend cuda draws on the GPU: leave out --render cpu")
     # SAPIEN would print three lines that say no more than the error below.
     sapien.render.set_log_level("off")
     try:
-        sapien.render.RenderSystem("cuda" if torch.cuda.is_available() else "cpu")
+        sapien.render.RenderSystem("cuda" if draws_on_gpu() else "cpu")
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(

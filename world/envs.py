@@ -18,7 +18,7 @@ from mani_skill.agents.robots.widowx.widowx import WidowX250S
 from mani_skill.utils.registration import TimeLimitWrapper
 
 from stare_utils import State, Tensor, stage_signals
-from world.assets import IMAGE_SIZE, STOCK_SHADERS, light_assets, scene_class
+from world.assets import IMAGE_SIZE, STOCK_SHADERS, draws_on_gpu, light_assets, scene_class
 from world.tasks import EVAL_SEED, TRAIN_SEEDS, Task, env_ids, geometry, get_task
 
 # SimplerEnv's camera with 320 x 240 pixels in place of 640 x 480.
@@ -30,8 +30,10 @@ SMALL_CAMERA = {
 
 
 # ---- what ManiSkill is told ----
-def install_assets(light_folder: Path | None) -> None:
-    """Chooses the robots' files and the shaders. light_folder: of `light_assets`; None: stock.
+def install_assets(light_folder: Path | None, segmentation: bool = True) -> None:
+    """Chooses the robots' files and the shaders.
+
+    light_folder: of `light_assets`; None: stock. segmentation: whether the pictures need one.
 
     ManiSkill has no arguments for these. It reads them from its classes, so they are set there, for
     the whole process.
@@ -47,9 +49,11 @@ def install_assets(light_folder: Path | None) -> None:
     # SimplerEnv's WidowX has none, and its fingers jam.
     WidowX250S.disable_self_collisions = True
 
+    shaders = "shaders" if segmentation else "colour_shaders"
+
     # ManiSkill calls this for each camera.
     def set_shaders(name: str) -> None:
-        STOCK_SHADERS(str(light_folder / "shaders" / name) if light_folder else name)
+        STOCK_SHADERS(str(light_folder / shaders / name) if light_folder else name)
 
     sapien.render.set_camera_shader_dir = set_shaders
 
@@ -80,7 +84,7 @@ def simulator_options(
     # SimplerEnv pastes a photograph behind the robot. It finds the robot by the segmentation.
     options["obs_mode"] = "rgb+segmentation" if task.grid else "rgb"
     options["render_backend"] = "cpu"
-    if torch.cuda.is_available():
+    if draws_on_gpu():
         # ManiSkill renders on the GPU under any name that begins with "cuda".
         # Under the plain name "cuda" it also hands the pixels over as CUDA tensors.
         # These would cost each env process a context on the GPU, and so memory and time.
@@ -145,11 +149,11 @@ class StageEnv:
         self.image_size = image_size
         # ---- assets: a software renderer is spared what nobody sees ----
         light = backend == "cpu" and not full_meshes
-        install_assets(light_assets() if light else None)
+        install_assets(light_assets() if light else None, segmentation=self.task.grid > 0)
         # ---- ManiSkill's env ----
         options = simulator_options(self.task, backend, light, reward, render, image_size)
         options["control_mode"] = control_mode or self.task.arm.control_mode
-        env_class = scene_class(env_id, stock_camera, ood, render, image_size)
+        env_class = scene_class(env_id, stock_camera, ood, render, image_size, light)
         self.base = env_class(num_envs=num_envs, **options)
         self.env = TimeLimitWrapper(self.base, max_episode_steps or self.task.max_episode_steps)
         self.single_action_space = self.base.single_action_space

@@ -174,23 +174,23 @@ def observe_arm(
     centre.
     """
     tool = env.agent.robot.links_map[arm.tool]
+    tool_pose = tool.pose
     controller = env.agent.controller.controllers["arm"]
     # Where the controller is told to be. A controller with a target moves that target, and the
     # tool follows late.
     if controller.config.use_target:
         command = env.agent.robot.pose * controller._target_pose
     else:
-        command = tool.pose
-    if grip is None:
-        grip = pose.p
+        command = tool_pose
+    grip = pose.p if grip is None else grip
     offset = pose.p - goal
     # The fingers are the robot's last two joints.
     opening = env.agent.robot.qpos[:, -2:].sum(-1)
     # The fingers open along the tool's y axis. They must open across the object's long axis.
     yaw_error = heading(axis(pose.q, 0)) + torch.pi / 2 - heading(axis(command.q, 1))
     return {
-        "tool": tool.pose.p,
-        "quaternion": tool.pose.q,
+        "tool": tool_pose.p,
+        "quaternion": tool_pose.q,
         "command": command.p,
         "speed": norm(tool.linear_velocity),
         "opening": opening,
@@ -200,7 +200,7 @@ def observe_arm(
         "grasped": grasped,
         "width": 0 * opening + width,
         "wait": 0 * opening,
-        "to_grip": norm(tool.pose.p - grip),
+        "to_grip": norm(tool_pose.p - grip),
         "to_goal": norm(offset),
         "beside_goal": norm(flat(offset)),
         "above_goal": offset[:, 2],

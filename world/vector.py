@@ -6,6 +6,8 @@ Letters: N envs, A numbers of an action.
 """
 
 import functools
+import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -18,55 +20,120 @@ import numpy as np
 import torch
 
 from stare_utils import State, Tensor
-from world.assets import check_world
+from world.assets import IMAGE_SIZE, check_world
 from world.envs import StageEnv
-from world.tasks import UserError, get_task
+from world.tasks import Task, UserError, get_task
 
-# gymnasium leaves an info named "final_obs" unbatched.
-# So it has this name on its way from an env process to the script.
-ENDED_OBS = "ended_obs"
+
+# ---- what an env process sends ----
+def info_fields(task: Task) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The infos of one env, in order: name -> (shape, dtype). See StageEnv for what they are."""
+    fields = {
+        "stage": ((), torch.long),
+        "stage_distance": ((), torch.float32),
+        "distances": ((len(task.stages),), torch.float32),
+        "potential": ((), torch.float32),
+        "furthest_stage": ((), torch.long),
+        "success": ((), torch.bool),
+        "seed": ((), torch.long),
+        "elapsed_steps": ((), torch.long),
+        "geometry": ((8,), torch.float32),
+    }
+    for name in task.report:
+        fields[name] = ((), torch.float32)
+    return fields
+
+
+def pack_infos(infos: State, fields: dict) -> np.ndarray:
+    """Infos of one env as one row of numbers, (F,) float64, which holds every seed exactly."""
+    assert infos.keys() == fields.keys(), "info_fields names what StageEnv.infos returns"
+    return np.concatenate([infos[name].numpy().ravel() for name in fields], dtype=np.float64)
+
+
+def unpack_infos(rows: Tensor, fields: dict) -> State:
+    """The infos of n envs from their rows (n, F)."""
+    infos = {}
+    start = 0
+    for name, (shape, dtype) in fields.items():
+        stop = start + math.prod(shape)
+        infos[name] = rows[:, start:stop].reshape(-1, *shape).to(dtype)
+        start = stop
+    return infos
+
+
+def process_space(task: Task, render: bool, image_size: int) -> gym.spaces.Dict:
+    """What an env process writes into shared memory at each step.
+
+    The entries whose names begin with "final_" are of the env's last ended episode.
+    """
+    num_infos = sum(math.prod(shape) for shape, _ in info_fields(task).values())
+    spaces = {
+        "proprio": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32),
+        "infos": gym.spaces.Box(-np.inf, np.inf, (num_infos,), np.float64),
+    }
+    if render:
+        spaces["rgb"] = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+    final = {f"final_{name}": space for name, space in spaces.items()}
+    return gym.spaces.Dict(spaces | final)
 
 
 # ---- one env in a process ----
-class ProcessEnv(gym.Env):
+class NoEnv(gym.Env):
+    """Stands for an env in the script itself, where gymnasium looks at the spaces alone."""
+
+    def __init__(self, task: Task, render: bool = True, image_size: int = IMAGE_SIZE, **kwargs):
+        """kwargs: of StageEnv. Those without a name here change no space."""
+        self.observation_space = process_space(task, render, image_size)
+        self.action_space = gym.spaces.Box(-1, 1, (len(task.arm.limit),), np.float32)
+
+
+class ProcessEnv(NoEnv):
     """A single StageEnv as gymnasium's AsyncVectorEnv wants it: numpy, without the batch axis."""
 
     def __init__(self, env_id: str, index: int, seed: int, **kwargs):
         """index: which of the N envs this is. kwargs: of StageEnv."""
-        # gymnasium also makes an env in the script itself, which must stay as it is.
-        if multiprocessing.parent_process():
-            # The env processes are the parallelism.
-            torch.set_num_threads(1)
-            # Ctrl-C and torchrun's SIGTERM go to the script's whole process group.
-            # The script alone decides what they end, so this process leaves the group.
-            os.setpgrp()
-            # Where the script is gone, this process ends without a message.
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            # ManiSkill calls it. It would open a CUDA context, and nothing here runs on CUDA.
-            torch.cuda.synchronize = do_nothing
+        super().__init__(get_task(env_id), **kwargs)
+        # The env processes are the parallelism.
+        torch.set_num_threads(1)
+        # Ctrl-C and torchrun's SIGTERM go to the script's whole process group.
+        # The script alone decides what they end, so this process leaves the group.
+        os.setpgrp()
+        # Where the script is gone, this process ends without a message.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        # ManiSkill calls it. It would open a CUDA context, and nothing here runs on CUDA.
+        torch.cuda.synchronize = do_nothing
+        # The garbage collector need not look again and again at what the imports have made.
+        gc.freeze()
         self.index = index
         self.env = StageEnv(env_id, 1, "cpu", seed, **kwargs)
-        obs, _ = self.env.reset()
-        # This reset shows the shapes alone: the first episode has the env's own seed again.
-        self.env.next_seed = [seed]
-        spaces = {"proprio": box(obs["proprio"], -np.inf, np.inf)}
-        if "rgb" in obs:
-            spaces["rgb"] = box(obs["rgb"], 0, 255)
-        self.observation_space = gym.spaces.Dict(spaces)
-        self.action_space = self.env.single_action_space
+        self.fields = info_fields(self.env.task)
+        # Before the first episode has ended these are zeros.
+        self.final = {}
+        for name, space in self.observation_space.items():
+            if name.startswith("final_"):
+                self.final[name] = np.zeros(space.shape, space.dtype)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Begins an episode, see StageEnv. options: gymnasium's, unused."""
         obs, infos = self.env.reset(seed)
-        return first_row(obs), first_row(infos)
+        return self.arrays(obs, infos) | self.final, {}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         """One step, see StageEnv. action: (A,)."""
         action = torch.as_tensor(action)[None]
         obs, reward, terminated, truncated, infos = self.env.step(action)
         # Whether an episode has ended follows from the two booleans.
-        del infos["_final_info"]
-        return first_row(obs), float(reward), bool(terminated), bool(truncated), first_row(infos)
+        if infos.pop("_final_info"):
+            final = self.arrays(infos.pop("final_obs"), infos.pop("final_info"))
+            self.final = {f"final_{name}": array for name, array in final.items()}
+        seen = self.arrays(obs, infos) | self.final
+        return seen, float(reward), bool(terminated), bool(truncated), {}
+
+    def arrays(self, obs: State, infos: State) -> dict[str, np.ndarray]:
+        """Observation and infos of the env without the batch axis."""
+        row = {name: x[0].numpy() for name, x in obs.items()}
+        row["infos"] = pack_infos(infos, self.fields)
+        return row
 
     def expert_action(self, slip: Tensor) -> np.ndarray:
         """The expert's action (A,). slip: (N,) of all envs."""
@@ -85,32 +152,6 @@ def do_nothing() -> None:
     """Stands for torch.cuda.synchronize in a process without CUDA."""
 
 
-def box(batch: Tensor, low: float, high: float) -> gym.spaces.Box:
-    """The space of one row of a batch."""
-    return gym.spaces.Box(low, high, batch.shape[1:], batch.numpy().dtype.type)
-
-
-def first_row(batch: dict) -> dict:
-    """A batch of one as numpy arrays without the batch axis, in dicts of dicts, too."""
-    row = {}
-    for name, x in batch.items():
-        if name == "final_obs":
-            name = ENDED_OBS
-        row[name] = first_row(x) if isinstance(x, dict) else x[0].numpy()
-    return row
-
-
-def tensors(batch: dict) -> dict:
-    """gymnasium's batch of `first_row`s as tensors, without its masks (names that begin with _)."""
-    found = {}
-    for name, x in batch.items():
-        if name == ENDED_OBS:
-            name = "final_obs"
-        if not name.startswith("_"):
-            found[name] = tensors(x) if isinstance(x, dict) else torch.from_numpy(x)
-    return found
-
-
 class Processes(gym.vector.AsyncVectorEnv):
     """The env processes of one half of a StageVectorEnv."""
 
@@ -125,17 +166,11 @@ class Processes(gym.vector.AsyncVectorEnv):
             process.kill()
 
 
-def make_process_env(
-    env_id: str, index: int, seed: int, kwargs: dict, known: gym.Env | None
-) -> gym.Env:
-    """What gymnasium calls in each env process, and once per half in the script itself.
-
-    In the script gymnasium looks at the spaces alone. There `known`, an env without a simulator,
-    stands for a real one, where its spaces are known already.
-    """
-    # The script has no parent process. An env process always makes a real env.
-    if known is not None and multiprocessing.parent_process() is None:
-        return known
+def make_process_env(env_id: str, index: int, seed: int, kwargs: dict) -> gym.Env:
+    """What gymnasium calls in each env process, and once per half in the script itself."""
+    # The script has no parent process, and needs no simulator to know the spaces.
+    if multiprocessing.parent_process() is None:
+        return NoEnv(get_task(env_id), **kwargs)
     return ProcessEnv(env_id, index, seed, **kwargs)
 
 
@@ -167,19 +202,14 @@ class StageVectorEnv:
 
         # Env processes are forked from a clean server process, which imports these once.
         multiprocessing.set_forkserver_preload(["world.vector", "mani_skill.envs"])
+        self.fields = info_fields(self.task)
         self.parts = []
-        # gymnasium makes an env of each half in the script itself, to look at its spaces.
-        # That takes seconds, and once is enough: the second half gets an empty env, `known`.
-        known = None
         for half in self.halves:
             makers = []
             for i in range(half.start, half.stop):
-                args = (env_id, i, seed + i, kwargs, known)
+                args = (env_id, i, seed + i, kwargs)
                 makers.append(functools.partial(make_process_env, *args))
             self.parts.append(self.start(makers))
-            known = gym.Env()
-            known.observation_space = self.parts[0].single_observation_space
-            known.action_space = self.parts[0].single_action_space
         self.single_action_space = self.parts[0].single_action_space
 
     def start(self, makers: list[Callable[[], gym.Env]]) -> Processes:
@@ -206,8 +236,8 @@ class StageVectorEnv:
             self.ask(part.reset_async, None if seed is None else seed[half])
         results = []
         for part in self.parts:
-            obs, infos = self.ask(part.reset_wait)
-            results.append((tensors(obs), tensors(infos)))
+            arrays, _ = self.ask(part.reset_wait)
+            results.append(self.unpack(arrays, ""))
         return self.join(results)
 
     def step(self, actions: Tensor) -> tuple[State, Tensor, Tensor, Tensor, dict]:
@@ -231,14 +261,25 @@ class StageVectorEnv:
     def receive(self, half: slice) -> tuple[State, Tensor, Tensor, Tensor, dict]:
         """Waits for the step that `send` began. Returns what `step` does, of the envs in `half`."""
         part = self.parts[self.halves.index(half)]
-        obs, reward, terminated, truncated, infos = self.ask(part.step_wait)
+        arrays, reward, terminated, truncated, _ = self.ask(part.step_wait)
         # gymnasium returns rewards as float64.
         reward = torch.from_numpy(reward).float()
         terminated = torch.from_numpy(terminated)
         truncated = torch.from_numpy(truncated)
-        infos = tensors(infos)
+        obs, infos = self.unpack(arrays, "")
         infos["_final_info"] = terminated | truncated
-        return tensors(obs), reward, terminated, truncated, infos
+        if infos["_final_info"].any():
+            infos["final_obs"], infos["final_info"] = self.unpack(arrays, "final_")
+        return obs, reward, terminated, truncated, infos
+
+    def unpack(self, arrays: dict[str, np.ndarray], prefix: str) -> tuple[State, State]:
+        """Observations and infos of n envs from what their processes wrote under names + prefix."""
+        obs = {}
+        for name in ("proprio", "rgb"):
+            if prefix + name in arrays:
+                obs[name] = torch.from_numpy(arrays[prefix + name])
+        rows = torch.from_numpy(arrays[prefix + "infos"])
+        return obs, unpack_infos(rows, self.fields)
 
     def set_next_seeds(self, seeds: list[int]) -> None:
         """The seeds (N) of the episodes that begin when the present ones end."""
