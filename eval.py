@@ -85,7 +85,8 @@ class Args:
     instruction: str = ""
     """give these words to the policy instead"""
     full_meshes: bool = False
-    """on a CPU, draw the Panda's full meshes (4x slower), SimplerEnv at 640 x 480 (2x slower)"""
+    """on a CPU, take ManiSkill's own classes and meshes, and SimplerEnv at 640 x 480: 3 to 20
+    times slower (docs/speed.md)"""
     output_dir: str = ""
     """where results.json, summary.md and video.mp4 go. Empty: the checkpoint's run folder"""
     method: str = ""
