@@ -498,12 +498,13 @@ def llama_layer(layer, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, 
     return x + layer.mlp.down_proj(gated), (k, v)
 
 
-def llama(model, x: Tensor, mask: Tensor, past: list | None, kept: int):
+def llama(model, x: Tensor, mask: Tensor, past: list | None, kept: int, use_cache: bool = True):
     """All layers of a LlamaModel over embeddings x (B, L, D), after the cached positions.
 
     mask: (B, positions) over the cached positions and x, 0 at padding.
     past: keys and values of each layer, as an earlier call has returned them, or None.
-    Returns the hidden state at the last `kept` positions (0: at all), and keys and values.
+    Returns the hidden state at the last `kept` positions (0: at all), and keys and values, which
+    are dropped layer by layer without `use_cache`.
     """
     L = x.shape[1]
     # Padding does not advance the position, so it changes no log-probability.
@@ -527,7 +528,8 @@ def llama(model, x: Tensor, mask: Tensor, past: list | None, kept: int):
         if layer.gradient_checkpointing and layer.training:
             run = functools.partial(checkpoint, llama_layer, use_reentrant=False)
         x, keys_values = run(layer, x, cos, sin, bias, layer_past, layer_kept)
-        cache.append(keys_values)
+        if use_cache:
+            cache.append(keys_values)
     return rms_norm(model.norm, x), cache
 
 
@@ -622,7 +624,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             seen = mask.new_ones(inserted.shape[:2])
             mask = torch.cat([mask[:, :1], seen, mask[:, 1:]], 1)
         hidden, cache = llama(
-            self.language_model.model, embeds, mask, past_key_values, logits_to_keep
+            self.language_model.model, embeds, mask, past_key_values, logits_to_keep, use_cache
         )
         # The head is the widest layer, so it runs on the kept positions alone.
         logits = self.language_model.lm_head(hidden)

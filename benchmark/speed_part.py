@@ -24,6 +24,8 @@ import torch
 import tyro
 
 ROOT = Path(__file__).parent.parent
+# PickCube-v1's policy decodes five tokens of seven.
+ACTIVE = torch.tensor([True, True, True, False, False, True, True])
 
 
 def median_ms(work: Callable[[], object], repeats: int = 9) -> float:
@@ -119,10 +121,15 @@ def load(env_id: str):
     return model.to(device), AutoProcessor.from_pretrained(folder)
 
 
-def make_inputs(model, processor, env_id: str, B: int):
-    """The model's inputs for B random observations."""
-    torch.manual_seed(0)
-    rgb = torch.randint(0, 256, (B, 128, 128, 3), dtype=torch.uint8)
+def random_pictures(B: int) -> torch.Tensor:
+    """Random pictures of B observations, (B, 128, 128, 3) uint8."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (B, 128, 128, 3), dtype=torch.uint8, generator=generator)
+
+
+def make_inputs(model, processor, env_id: str, rgb: torch.Tensor):
+    """The model's inputs for B observations with these pictures."""
+    B = len(rgb)
     texts = ["pick up the red cube and move it to the green ball"] * B
     stats = model.config.norm_stats[env_id]["proprio"]
     return processor(rgb, texts, torch.zeros(B, 8), stats, model.device)
@@ -134,9 +141,8 @@ def sample_ms(env_id: str, B: int) -> float:
 
     torch.set_num_threads(1)
     model, processor = load(env_id)
-    inputs = make_inputs(model, processor, env_id, B)
-    active = torch.tensor([True, True, True, False, False, True, True])
-    return median_ms(lambda: sample_action(model, inputs, active))
+    inputs = make_inputs(model, processor, env_id, random_pictures(B))
+    return median_ms(lambda: sample_action(model, inputs, ACTIVE))
 
 
 def update_ms(env_id: str, B: int) -> float:
@@ -144,12 +150,12 @@ def update_ms(env_id: str, B: int) -> float:
     from sta_ppo import action_logprob
 
     model, processor = load(env_id)
-    active = torch.tensor([True, True, True, False, False, True, True])
     bins = torch.randint(0, 256, (B, 7), device=model.device)
+    rgb = random_pictures(B)
 
     def update() -> None:
-        inputs = make_inputs(model, processor, env_id, B)
-        logprob, *_ = action_logprob(model, inputs, bins, active)
+        inputs = make_inputs(model, processor, env_id, rgb)
+        logprob, *_ = action_logprob(model, inputs, bins, ACTIVE)
         logprob.sum().backward()
 
     return median_ms(update, 5)
@@ -166,13 +172,12 @@ def arithmetic_ms(env_id: str, num_envs: int) -> float:
 
     torch.set_num_threads(1)
     model, processor = load(env_id)
-    inputs = make_inputs(model, processor, env_id, 8)
-    active = torch.tensor([True, True, True, False, False, True, True])
+    inputs = make_inputs(model, processor, env_id, random_pictures(8))
     bins = torch.zeros(8, 7, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        sample_action(model, inputs, active)
+        sample_action(model, inputs, ACTIVE)
         for _ in range(2):
-            logprob, *_ = action_logprob(model, inputs, bins, active)
+            logprob, *_ = action_logprob(model, inputs, bins, ACTIVE)
             logprob.sum().backward()
     operations = counter.get_total_flops() / 8
     matrix = torch.randn(1024, 1024)

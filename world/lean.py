@@ -93,6 +93,12 @@ def array(pose: sapien.Pose) -> np.ndarray:
 
 
 # ---- the arm and the fingers ----
+def clip_and_scale(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """An action, clipped to [-1, 1], in units of low to high. As in mani_skill.utils.gym_utils."""
+    half = np.float32(0.5)
+    return half * (high + low) + half * (high - low) * action.clip(-1, 1)
+
+
 class LeanArm(PDEEPoseController):
     """ManiSkill's controller of the tool's pose, whose actions are in the axes of the base."""
 
@@ -116,8 +122,7 @@ class LeanArm(PDEEPoseController):
             return action[:3], action[3:]
         low = self.action_space_low.numpy()[:3]
         high = self.action_space_high.numpy()[:3]
-        half = np.float32(0.5)
-        move = half * (high + low) + half * (high - low) * action[:3].clip(-1, 1)
+        move = clip_and_scale(action[:3], low, high)
         turn = action[3:]
         # numpy's norm differs from torch's in the last bit.
         length = torch.linalg.norm(torch.from_numpy(turn)[None], axis=1).numpy()[0]
@@ -152,8 +157,7 @@ class LeanFingers(PDJointPosMimicController):
         """Drives both fingers to the opening that `action` (1, 1) commands."""
         low = self.action_space_low.numpy()
         high = self.action_space_high.numpy()
-        half = np.float32(0.5)
-        opening = half * (high + low) + half * (high - low) * action[0].numpy().clip(-1, 1)
+        opening = clip_and_scale(action[0].numpy(), low, high)
         for joint in self.joints:
             joint._objs[0].drive_target = opening
 
