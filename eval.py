@@ -17,7 +17,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,13 +31,21 @@ import torch
 import tyro
 
 import vla
-from plumbing.checkpoint import check_instructions, load_policy, load_separator, task_stats
+from plumbing.checkpoint import (
+    check_instructions,
+    command_line,
+    load_policy,
+    load_separator,
+    task_stats,
+)
 from plumbing.report import (
+    check_writable,
     draw,
     mean_rows,
     read_results,
     result_table,
     separator_line,
+    write_if_possible,
     write_summary,
     write_text,
     write_video,
@@ -361,13 +368,14 @@ def evaluate(
     full_meshes: bool = False,
     ood: str = "none",
     instructions: tuple[str, ...] = (),
-    video: Path | None = None,
+    films: list | None = None,
     separator: torch.nn.Linear | None = None,
 ) -> dict:
     """Evaluates a policy greedily on full episodes: success does not end one.
 
     A task with a grid of initial configurations has no more episodes than that. instructions: words
-    for the policy, in turn; empty: the task's. video: the mp4 to write. separator: see play_round.
+    for the policy, in turn; empty: the task's. films: a list that gets the frames of the first 16
+    episodes. separator: see play_round.
     Returns what `mean_rows` does, and with a separator what `compare_separator` does, too.
     """
     task = get_task(env_id)
@@ -375,6 +383,7 @@ def evaluate(
     # A grid of 0 means that episodes are drawn at random, as many as are asked for.
     num_episodes = min(num_episodes, task.grid or num_episodes)
     texts = instructions or (task.instruction,)
+    film = films is not None
     envs = make_envs(
         env_id,
         min(num_envs, num_episodes),
@@ -386,18 +395,16 @@ def evaluate(
         image_size=processor.image_size,
     )
     progress = Progress(total=num_episodes, desc=f"evaluate {env_id}", unit="episode")
-    film = video is not None
     episodes = play_episodes(
         model, processor, stats, envs, num_episodes, seed, texts, separator, film, progress
     )
     progress.close()
     envs.close()
     if film:
-        write_video(video, [episode.film for episode in episodes[:NUM_FILMS]])
+        films.extend(episode.film for episode in episodes[:NUM_FILMS])
     result = mean_rows([episode.row for episode in episodes], envs.num_stages)
     if separator is not None:
-        labels = [episode.labels for episode in episodes]
-        result["separator"] = compare_separator(labels, envs.num_stages)
+        result["separator"] = compare_separator([e.labels for e in episodes], envs.num_stages)
     return result
 
 
@@ -480,24 +487,28 @@ def describe(means, env_id, trained, method, ood, words, commit, seconds) -> dic
         "ood": ood,
         "instructions": words,
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
         **means,
     }
 
 
-def report(output: Path, suffix: str, result: dict, trained: dict, video: Path | None) -> None:
-    """Prints a result and writes its files. trained: the checkpoint's args.json."""
+def report(output: Path, suffix: str, result: dict, trained: dict, films: list) -> None:
+    """Prints a result and writes its files. trained: the checkpoint's args.json.
+
+    films: frames of each filmed episode; empty: no video.
+    """
     results = output / f"results{suffix}.json"
     summary = output / f"summary{suffix}.md"
+    video = output / f"video{suffix}.mp4"
     table = result_table([result])
     print(table)
-    write_summary(output, f"results{suffix}", result, trained, table)
-    # The result comes last: where it is, the other files are complete.
-    write_text(results, json.dumps(result))
     if "separator" in result:
         print(separator_line(result["separator"]))
+    # The numbers come first, because the disk may fill up.
+    write_text(results, json.dumps(result))
+    write_summary(output, f"results{suffix}", result, trained, table)
     line = f"wrote {results}, {summary}"
-    if video:
+    if films and write_if_possible(video, write_video, films):
         line += f" and {video}"
     print(line)
 
@@ -533,8 +544,9 @@ def main(args: Args) -> None:
 
     # ---- evaluate ----
     run = folder.parent if folder.name == "checkpoint" else folder
+    # Hours of episodes would be lost if the results could not be written at their end.
     output = Path(args.output_dir or run)
-    output.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
     # The commit is read now, because an evaluation takes long and HEAD may move.
     commit = git_commit()
     for env_id in tasks:
@@ -542,7 +554,7 @@ def main(args: Args) -> None:
         # A policy of one task needs no task in the names of its files.
         task_name = env_id if len(model.config.norm_stats) > 1 else ""
         suffix = file_suffix(task_name, args.ood, args.instruction, texts[env_id])
-        video = output / f"video{suffix}.mp4" if args.capture_video else None
+        films = []
         means = evaluate(
             model,
             processor,
@@ -554,14 +566,14 @@ def main(args: Args) -> None:
             full_meshes=args.full_meshes,
             ood=args.ood,
             instructions=texts[env_id],
-            video=video,
+            films=films if args.capture_video else None,
             separator=separator_of(folder, trained, env_id, device),
         )
         seconds = time.time() - start
         result = describe(
             means, env_id, trained, args.method, args.ood, texts[env_id], commit, seconds
         )
-        report(output, suffix, result, trained, video)
+        report(output, suffix, result, trained, films)
 
 
 if __name__ == "__main__":

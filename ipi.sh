@@ -29,7 +29,7 @@ if [ "${SMOKE:-0}" = 1 ]; then
   EVAL=(--num-envs 2 --num-eval-episodes 2)
 fi
 
-folder() { echo "$RUNS/${ENV_ID}__$1__${SEED}__ipi"; }
+folder() { echo "$RUNS/${ENV_ID//,/+}__$1__${SEED}__ipi"; }
 minutes() { echo "$(((SECONDS - $1) / 60)) min $(((SECONDS - $1) % 60)) s"; }
 
 # stage SCRIPT ARGS...: trains and evaluates, unless the results are there already

@@ -58,7 +58,7 @@ from plumbing.run import (
     refuse_nan,
 )
 from world.assets import check_world, choose_renderer
-from world.demos import collect_demos, read_demos
+from world.demos import collect_demos, is_ordinary, read_demos
 from world.tasks import TASKS, UserError, env_ids
 
 LOG_FREQ = 50  # updates between two rows of the log
@@ -193,13 +193,34 @@ class Frames:
     active: torch.Tensor  # (tasks, A) bool: which action dimensions vary in a task
 
 
+def demo_paths(text: str) -> list[Path]:
+    """The files of --demo-path. A comma may be a part of a file's name, or stand between two."""
+    if os.path.isfile(text):
+        return [Path(text)]
+    paths = []
+    start = ""
+    for part in text.split(","):
+        start += part
+        # A part that ends no file's name is the beginning of one.
+        if os.path.isfile(start):
+            paths.append(Path(start))
+            start = ""
+        elif start:
+            start += ","
+    if start:
+        return [Path(part) for part in text.split(",") if part]
+    return paths
+
+
 def read_files(args: Args, ids: list[str], image_size: int) -> list:
     """The demonstrations of --demo-path, per task; an empty list where there are none."""
     # One file per task, in the same order.
     demos = []
-    paths = [Path(path) for path in args.demo_path.split(",") if path]
-    for path, env_id in zip(paths, ids):
-        demos.append(read_demos(path, env_id, args.num_demos, image_size, Progress))
+    for path, env_id in zip(demo_paths(args.demo_path), ids):
+        demo = read_demos(path, env_id, args.num_demos, image_size, Progress)
+        # Raises where there is nothing to learn, before a folder is made.
+        action_stats(demo[2], env_id)
+        demos.append(demo)
     return demos
 
 
@@ -241,13 +262,23 @@ def action_stats(actions: torch.Tensor, env_id: str) -> dict:
     The range is that of the task's expert, or the demonstrations' where theirs is larger, so that
     reinforcement learning may leave the demonstrations' range. OpenVLA's percentiles would clip the
     policy to what the expert did. A dimension that does not vary is its constant.
+    Raises UserError where none varies.
     """
-    low = actions.amin(0)
-    high = actions.amax(0)
+    arm = TASKS[env_id].arm
+    # One fault of a recorder would cost all other frames their resolution.
+    ordinary = actions[is_ordinary(actions, arm)]
+    if not len(ordinary):
+        raise UserError(f"{env_id}: no action of the demonstrations is one that its arm can follow")
+    low = ordinary.amin(0)
+    high = ordinary.amax(0)
     # The range is the same to both sides, so that the middle bin is rest.
-    limit = torch.tensor(TASKS[env_id].arm.limit)
-    limit = torch.maximum(limit, actions.abs().amax(0))
+    limit = torch.maximum(torch.tensor(arm.limit), ordinary.abs().amax(0))
     constant = high - low < 1e-3 * limit
+    if constant.all():
+        raise UserError(
+            f"{env_id}: no action varies in the {len(actions)} frames of the demonstrations, so "
+            "there is nothing to learn"
+        )
     middle = (low + high) / 2
     return {
         "q01": torch.where(constant, middle, -limit).tolist(),
@@ -313,7 +344,7 @@ def check_args(args: Args) -> list[str]:
     }
     check_numbers(asdict(args), least)
     choose_renderer(args.render)
-    paths = [path for path in args.demo_path.split(",") if path]
+    paths = demo_paths(args.demo_path)
     if paths and len(paths) != len(ids):
         raise UserError(
             f"--demo-path names {len(paths)} files for {len(ids)} tasks: "

@@ -55,7 +55,6 @@ import vla
 from eval import evaluate
 from plumbing import parallel
 from plumbing.checkpoint import (
-    find_checkpoint,
     fingerprint,
     load_policy,
     model_folder,
@@ -63,6 +62,7 @@ from plumbing.checkpoint import (
     save_checkpoint,
     task_stats,
 )
+from plumbing.folders import find_checkpoint
 from plumbing.run import (
     Metrics,
     Progress,

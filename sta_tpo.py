@@ -50,7 +50,6 @@ import vla
 from eval import evaluate
 from plumbing import parallel
 from plumbing.checkpoint import (
-    find_checkpoint,
     fingerprint,
     load_policy,
     model_folder,
@@ -58,6 +57,7 @@ from plumbing.checkpoint import (
     save_checkpoint,
     task_stats,
 )
+from plumbing.folders import find_checkpoint
 from plumbing.human_pairs import export_pairs, read_preferences
 from plumbing.report import write_text
 from plumbing.run import (
@@ -679,7 +679,10 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
     record = run.folder / "source.txt"
     if args.resume and record.exists():
         # The roll-outs in the folder are those of this policy.
-        source, origin, *env_id = record.read_text().split("\n")
+        lines = record.read_text(errors="replace").split("\n")
+        if len(lines) < 2:
+            raise UserError(f"{record} is damaged: choose another --output-dir")
+        source, origin, *env_id = lines
         if given and Path(source).resolve() != model_folder(given).resolve():
             raise UserError(
                 f"the roll-outs in {args.output_dir} are those of {source}, not of {given}: "

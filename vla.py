@@ -18,6 +18,7 @@ of the ViT's parameters. The code is our own.
 import contextlib
 import functools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,23 +164,55 @@ def blur_bins(bins: Tensor, deviation: float, n_bins: int, generator: torch.Gene
 def signed_gripper(stats: dict) -> dict:
     """Statistics of OpenVLA's data for an env whose gripper command runs from -1 to 1.
 
-    Published statistics leave the gripper unscaled (mask false), with 0 closed and 1 open. Here a
-    token value above 0.5 decodes to 1, any other to -1, as in RL4VLA and SimplerEnv. Returns the
-    `action` entry alone: the proprioception statistics are those of other robots.
+    The gripper is the last dimension. In published data 0 is closed and 1 is open, mostly unscaled
+    (mask false). Here a gripper above 0.5 decodes to 1, any other to -1, as in RL4VLA and
+    SimplerEnv. One that is scaled and goes below 0 is in the env's units and stays as it is.
+    Returns the `action` entry alone: the proprioception statistics are those of other robots.
+    Raises ValueError where the range is neither.
     """
     action = stats["action"]
-    mask = action.get("mask", [True] * len(action["q01"]))
-    # [-1, 1] maps to [-3, 1], so the token value 0.5 maps to 0, where the sign changes.
-    q01 = [low if scaled else -3.0 for low, scaled in zip(action["q01"], mask)]
-    q99 = [high if scaled else 1.0 for high, scaled in zip(action["q99"], mask)]
+    q01 = list(action["q01"])
+    q99 = list(action["q99"])
+    mask = action.get("mask", [True] * len(q01))
+    if not all(mask[:-1]):
+        raise ValueError(f"mask is {mask}: only the gripper, the last, may be unscaled")
+    # Statistics that were signed before stay as they are.
+    if action.get("binary", [False])[-1]:
+        return {"action": action}
+    scaled = mask[-1]
+    check_gripper(q01[-1], q99[-1], scaled)
+    binary = not scaled or q01[-1] > -0.1
+    if binary and scaled:
+        # [0, 1] maps to [-1, 1], so that 0.5 maps to 0, where the sign changes.
+        q01[-1] = 2 * q01[-1] - 1
+        q99[-1] = 2 * q99[-1] - 1
+    elif binary:
+        # The token's value is the gripper. [-1, 1] maps to [-3, 1], and 0.5 to 0 as well.
+        q01[-1] = -3.0
+        q99[-1] = 1.0
     signed = {
         "q01": q01,
         "q99": q99,
-        "mask": [True] * len(mask),
-        # Statistics that were signed before keep their binary dimensions.
-        "binary": action.get("binary", [not scaled for scaled in mask]),
+        "mask": [True] * len(q01),
+        "binary": [False] * (len(q01) - 1) + [binary],
     }
     return {"action": signed}
+
+
+def check_gripper(low: float, high: float, scaled: bool) -> None:
+    """Raises ValueError where a gripper's q01 and q99 say neither 0 to 1 nor -1 to 1."""
+    if high - low >= 1e-6:
+        # Fingers measured in metres would never pass the threshold.
+        fits = low < 0.5 < high or (scaled and low <= -0.1)
+    else:
+        # A gripper that never moves is open or closed. A scaled 0 could also be half open.
+        ends = (-1, 1) if scaled else (-1, 0, 1)
+        fits = min(abs(high - end) for end in ends) < 0.1
+    if not fits or low < -1.1 or high > 1.1:
+        raise ValueError(
+            f"the gripper, last in q01 and q99, runs from {low} to {high}: "
+            "neither from 0 (closed) to 1 (open) nor from -1 to 1"
+        )
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -268,6 +301,264 @@ def tiny_config(
         vision_widths=[32, 64, 128, 128],
         proprio_dim=8,
     )
+
+
+# ---- a stranger's config.json --------------------------------------------------------------------
+# Llama-2's sizes, which the published config.json leaves out.
+LLAMA_SIZES = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+# Fields with one value that is computed here. They may be missing.
+LLAMA_FIXED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "rope_scaling": None,
+}
+TOP_FIXED = {"tie_word_embeddings": False}
+# Another number of bins or of padding would make other tokens the actions.
+PUBLISHED_FIXED = {
+    "use_fused_vision_backbone": True,
+    "image_resize_strategy": "resize-naive",
+    "timm_override_act_layers": [None, None],
+    "pad_to_multiple_of": 64,
+    "n_action_bins": 256,
+}
+# The largest size that a field may have.
+LARGEST_SIZE = 2**20
+
+
+def read_config(fields: dict, shapes: dict[str, list[int]]) -> OpenVLAConfig:
+    """The configuration that config.json describes, with nothing that is unknown here.
+
+    fields: the content of config.json. shapes: name -> shape of the weights beside it.
+    transformers never sees the other fields: remote code, quantisation, names of other files.
+    Raises ValueError where a field is missing, of another type, or unlike the weights. It names the
+    field. No memory is allocated for the weights.
+    """
+    text = read_text(fields.get("text_config"), shapes)
+    vision = read_vision(fields, shapes)
+    check_fixed(fields, TOP_FIXED)
+    n_bins = read_size(fields, "n_action_bins", 256, least=2)
+    padding = read_size(fields, "pad_to_multiple_of", 64, least=0)
+    if n_bins + padding > text["vocab_size"]:
+        raise ValueError(
+            f"config.json: n_action_bins {n_bins} and pad_to_multiple_of {padding} "
+            f"are more than text_config.vocab_size {text['vocab_size']}"
+        )
+    config = OpenVLAConfig(
+        text,
+        n_action_bins=n_bins,
+        pad_to_multiple_of=padding,
+        proprio_dim=read_size(fields, "proprio_dim", 0, least=0),
+        **vision,
+    )
+    check_shapes(config, shapes)
+    return config
+
+
+def read_size(fields: dict, name: str, default: int | None, least: int = 1, where: str = "") -> int:
+    """A whole number of config.json, or its default where it is missing or null."""
+    value = fields.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"config.json: {where}{name} is missing: copy the model's own config.json")
+    # true and false are numbers in Python.
+    if type(value) is not int or not least <= value <= LARGEST_SIZE:
+        raise ValueError(
+            f"config.json: {where}{name} is {value!r:.40}, "
+            f"not a whole number from {least} to {LARGEST_SIZE}"
+        )
+    return value
+
+
+def read_number(fields: dict, name: str, default: float, where: str) -> float:
+    """A positive number of config.json, or its default where it is missing or null."""
+    value = fields.get(name)
+    value = default if value is None else value
+    # No such number of a Llama is larger. The comparison is false for NaN.
+    if type(value) not in (int, float) or not 0 < value <= 1e9:
+        raise ValueError(f"config.json: {where}{name} is {value!r:.40}, not a positive number")
+    return value
+
+
+def check_fixed(fields: dict, fixed: dict, where: str = "") -> None:
+    """Raises ValueError where a field has another value than the one that is computed here."""
+    for name, only in fixed.items():
+        value = fields.get(name)
+        # 1 and true are equal in Python.
+        if value is not None and (value != only or type(value) is not type(only)):
+            raise ValueError(
+                f"config.json: {where}{name} is {value!r:.60}, these scripts read {only!r} alone"
+            )
+
+
+def size_in(shapes: dict[str, list[int]], name: str, axis: int) -> int:
+    """A size of a weight. Raises ValueError where the files do not hold the weight."""
+    if len(shapes.get(name, [])) <= axis:
+        raise ValueError(f"the weights hold no {name}: copy all model*.safetensors again")
+    return shapes[name][axis]
+
+
+def count_in(shapes: dict[str, list[int]], prefix: str) -> int:
+    """How many layers the weights have whose names begin with `prefix`."""
+    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
+
+
+def check_equal(name: str, value: int, found: int) -> None:
+    """Raises ValueError where a field of config.json is not the size that the weights have."""
+    if value != found:
+        raise ValueError(
+            f"config.json: {name} is {value} (given or by default), but its weights have {found}"
+        )
+
+
+def read_text(text, shapes: dict[str, list[int]]) -> dict:
+    """The fields of text_config that shape the language model, for LlamaConfig."""
+    where = "text_config."
+    if not isinstance(text, dict):
+        text = {}
+    vocab_size = read_size(text, "vocab_size", None, where=where)
+    check_fixed(text, LLAMA_FIXED, where)
+    known = {"vocab_size": vocab_size}
+    for name, default in LLAMA_SIZES.items():
+        known[name] = read_size(text, name, default, where=where)
+    layer = "language_model.model.layers."
+    embedding = "language_model.model.embed_tokens.weight"
+    found = {
+        "vocab_size": size_in(shapes, embedding, 0),
+        "hidden_size": size_in(shapes, embedding, 1),
+        "intermediate_size": size_in(shapes, f"{layer}0.mlp.gate_proj.weight", 0),
+        "num_hidden_layers": count_in(shapes, layer),
+    }
+    for name, size in found.items():
+        check_equal(where + name, known[name], size)
+    heads = known["num_attention_heads"]
+    shared = read_size(text, "num_key_value_heads", heads, where=where)
+    width = read_size(text, "head_dim", known["hidden_size"] // heads, where=where)
+    # The rotation turns pairs of channels.
+    if known["hidden_size"] % heads or heads % shared or width % 2:
+        raise ValueError(
+            f"config.json: text_config.num_attention_heads is {heads}, "
+            f"which does not go with hidden_size {known['hidden_size']}, "
+            f"num_key_value_heads {shared} and head_dim {width}"
+        )
+    known |= {"num_key_value_heads": shared, "head_dim": width}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if text.get(name) is not None:
+            known[name] = read_size(text, name, 0, least=0, where=where)
+            if known[name] >= vocab_size:
+                raise ValueError(f"config.json: {where}{name} is not below vocab_size {vocab_size}")
+    known["rms_norm_eps"] = read_number(text, "rms_norm_eps", 1e-6, where)
+    known["rope_parameters"] = read_rotation(text)
+    return known
+
+
+def read_rotation(text: dict) -> dict:
+    """The rotary position embedding of text_config, as transformers 4 or 5 wrote it."""
+    where = "text_config.rope_parameters."
+    rotation = text.get("rope_parameters")
+    if rotation is None:
+        rotation = {}
+    if not isinstance(rotation, dict):
+        raise ValueError(f"config.json: {where[:-1]} is {rotation!r:.40}, not an object")
+    # A scaled rotation has more fields.
+    more = set(rotation) - {"rope_theta", "rope_type"}
+    check_fixed(rotation, {"rope_type": "default", **dict.fromkeys(more)}, where)
+    theta = read_number(text, "rope_theta", 10000.0, "text_config.")
+    return {"rope_type": "default", "rope_theta": read_number(rotation, "rope_theta", theta, where)}
+
+
+def read_vision(fields: dict, shapes: dict[str, list[int]]) -> dict:
+    """The fields of config.json that shape the towers, for OpenVLAConfig."""
+    sizes = read_sizes(fields, "image_sizes")
+    if fields.get("vision_widths") is not None:
+        widths = read_sizes(fields, "vision_widths")
+        # The first convolution divides the side by 4, each of the others by 2. The groups are 8.
+        stride = 4 * 2 ** (len(widths) - 1)
+        if len(widths) > 8 or any(width % 8 for width in widths):
+            raise ValueError(f"config.json: vision_widths is {widths!r:.60}, not multiples of 8")
+        check_image_sizes(sizes, stride)
+        return {"vision_widths": widths, "image_sizes": sizes}
+    names = fields.get("timm_model_ids")
+    if names != list(TOWERS):
+        raise ValueError(
+            f"config.json: timm_model_ids is {names!r:.80}; these scripts read "
+            f"two towers together, {' and '.join(TOWERS)}"
+        )
+    check_fixed(fields, PUBLISHED_FIXED)
+    overrides = fields.get("vit_overrides")
+    if overrides is not None:
+        check_overrides(overrides)
+    for part, name in zip(("featurizer", "fused_featurizer"), names):
+        tower = {**TOWERS[name], **(overrides or {})}
+        blocks = count_in(shapes, f"vision_backbone.{part}.blocks.")
+        check_equal(f"the number of blocks of {name}", tower["blocks"], blocks)
+        if tower["width"] % tower["heads"]:
+            raise ValueError(
+                "config.json: vit_overrides.width is no multiple of vit_overrides.heads"
+            )
+    check_image_sizes(sizes, tower["patch"])
+    return {"timm_model_ids": names, "image_sizes": sizes, "vit_overrides": overrides}
+
+
+def read_sizes(fields: dict, name: str) -> list[int]:
+    """A list of whole numbers of config.json."""
+    sizes = fields.get(name)
+    if not isinstance(sizes, list) or not sizes:
+        raise ValueError(f"config.json: {name} is {sizes!r:.40}, not a list of whole numbers")
+    for i, size in enumerate(sizes):
+        read_size({f"{name}[{i}]": size}, f"{name}[{i}]", None)
+    return sizes
+
+
+def check_image_sizes(sizes: list[int], patch: int) -> None:
+    """Raises ValueError where images are not of one size, in whole patches, for two towers."""
+    if len(sizes) != 2 or sizes[0] != sizes[1] or sizes[0] % patch:
+        raise ValueError(
+            f"config.json: image_sizes is {sizes!r:.60}, not twice the same multiple of {patch}"
+        )
+
+
+def check_overrides(overrides) -> None:
+    """Raises ValueError where vit_overrides is no object of the sizes that it may have."""
+    sizes = {"width", "blocks", "heads", "mlp"}
+    if not isinstance(overrides, dict) or not overrides.keys() <= sizes:
+        raise ValueError(
+            f"config.json: vit_overrides is {overrides!r:.60}, not an object of {sorted(sizes)}"
+        )
+    for name in overrides:
+        read_size(overrides, name, None, where="vit_overrides.")
+
+
+def check_shapes(config: OpenVLAConfig, shapes: dict[str, list[int]]) -> None:
+    """Raises ValueError where the files do not hold the weights that the configuration needs."""
+    # A model on this device has shapes, but no memory.
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    needed = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    missing = sorted(needed.keys() - shapes.keys())
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights are missing, {missing[0]} for example: "
+            "copy all model*.safetensors again"
+        )
+    for name, shape in needed.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{name} has the shape {shapes[name]}, by config.json {shape}")
+    unused = "|".join(OpenVLAForActionPrediction._keys_to_ignore_on_load_unexpected)
+    strange = [name for name in sorted(shapes.keys() - needed) if not re.search(unused, name)]
+    if strange:
+        raise ValueError(
+            f"{len(strange)} weights are of another model, {strange[0]} for example: "
+            "these scripts read OpenVLA's alone, with adapters merged"
+        )
 
 
 # ---- vision --------------------------------------------------------------------------------------
@@ -554,7 +845,8 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     _supports_sdpa = True
     supports_gradient_checkpointing = True
     # The published files hold a pooling layer of SigLIP that the published forward does not use.
-    _keys_to_ignore_on_load_unexpected = [r"\.attn_pool\."]
+    # Files of older versions of transformers hold the frequencies of Llama's rotation.
+    _keys_to_ignore_on_load_unexpected = [r"\.attn_pool\.", r"\.rotary_emb\.inv_freq$"]
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__(config)
@@ -638,11 +930,14 @@ class OpenVLAForActionPrediction(PreTrainedModel):
     def from_pretrained(cls, folder, *inputs, output_loading_info: bool = False, **kwargs):
         """As in transformers, except that every weight of the model must come from the files.
 
-        Raises ValueError where a weight is missing in the folder's files or differs from them.
+        Raises ValueError where a weight is missing in the folder's files, differs from them or is
+        not finite. Only safetensors files are read.
         transformers 5.0.0 only logs a missing weight. It can also initialise a weight again after
         loading it, which changes the weight.
         """
         transformers_logging.disable_progress_bar()
+        # A pickle may run code when it is opened.
+        kwargs = {"use_safetensors": True, **kwargs}
         model, info = super().from_pretrained(folder, *inputs, output_loading_info=True, **kwargs)
         wrong = set(info["missing_keys"])
         for name, *_ in info["mismatched_keys"]:
@@ -701,6 +996,9 @@ def weights_unlike_files(model: nn.Module, folder: Path) -> set[str]:
             for name in weights.keys() & set(tensors.keys()):
                 weight = weights[name].cpu()
                 written = tensors.get_tensor(name)
+                # Both ends of the range are NaN where any number is.
+                if not torch.stack(written.aminmax()).isfinite().all():
+                    raise ValueError(f"{name} in {file.name} holds NaN or infinite numbers")
                 # The model may have been loaded in another precision than that of its files.
                 if not torch.equal(weight, written.to(weight.dtype)):
                     unlike.add(name)

@@ -1,4 +1,4 @@
-"""Checkpoints: save, load, find, and notice damage. Formats: docs/data_format.md.
+"""Checkpoints: save, load, and notice damage. Formats: docs/data_format.md.
 
 A run's folder `output/checkpoint/` holds
 - model.safetensors, config.json: the whole model, LoRA merged, with its tasks' statistics;
@@ -14,23 +14,29 @@ whole, and `recover` puts it back. A file that is cut short or changed does not 
 Nothing in a checkpoint is unpickled.
 """
 
-import contextlib
 import json
-import os
 import re
+import shlex
 import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 import vla
+from plumbing import parallel
 from world.tasks import UserError
 
 Tensor = torch.Tensor
@@ -40,9 +46,24 @@ ROOT = Path(__file__).parent.parent
 LONGEST_CHAIN = 9
 # Checksums read a file in blocks, because a model can have several gigabytes.
 BLOCK_BYTES = 2**24
+# A name that may be one of the hub's: owner/name.
+HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
+# Parts of a continuous action head beside a model, such as action_head--150000_checkpoint.pt.
+HEAD = re.compile("head|projector|backbone|diffusion|film", re.IGNORECASE)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# The precisions of safetensors in which models are loaded.
+PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# No number of any statistics is larger.
+LARGEST_NUMBER = 1e6
+ADVICE = "give the folder that a script here wrote, an OpenVLA's, or its hub id"
 
 
 # ---- save and resume -----------------------------------------------------------------------------
+def command_line() -> str:
+    """The command of this script, quoted so that a shell takes it as it was given."""
+    return shlex.join([*parallel.launcher(), *sys.argv])
+
+
 def save_checkpoint(
     output: Path,
     model: vla.OpenVLAForActionPrediction,
@@ -65,10 +86,9 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     processor.save_pretrained(new)
-    command = " ".join(["python", *sys.argv])
     # Every checkpoint tells how it was made.
-    args = json.dumps({**settings, "command": command}, indent=1)
-    (new / "args.json").write_text(args)
+    made_by = {"script": state.get("script", ""), "command": command_line()}
+    (new / "args.json").write_text(json.dumps({**settings, **made_by}, indent=1))
     for name, head in (heads or {}).items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
     moments = optimizer.state_dict()["state"] if optimizer else {}
@@ -79,6 +99,15 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
         current.rename(old)
     new.rename(current)
+
+
+def read_settings(folder: Path) -> dict:
+    """A checkpoint's args.json. Raises UserError where it is missing or damaged."""
+    file = folder / "args.json"
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is missing or damaged ({error})") from None
 
 
 def load_state(output: Path, script: str) -> dict | None:
@@ -158,8 +187,10 @@ def read_state(folder: Path) -> dict:
                     adapter[name] = file.get_tensor(key)
         return {**state, "moments": moments, "adapter": adapter}
     # A shipped checkpoint has no training state, and a file may hold anything.
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         return {"damaged": f"without a training state ({error})"}
+    except (ValueError, KeyError, TypeError):
+        return {"damaged": "without a training state (training_state.safetensors is another file)"}
 
 
 # ---- integrity -----------------------------------------------------------------------------------
@@ -204,17 +235,26 @@ def damage(folder: Path) -> str:
     return ", ".join(name for name in written if now.get(name) != written[name])
 
 
+# ---- a folder from a stranger --------------------------------------------------------------------
+def read_object(file: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, which names the file, where there is none."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} is not a JSON object")
+    return content
+
+
 def check_folder(folder: Path, origin: str = "") -> None:
     """Raises ValueError where a folder cannot be loaded as a policy.
 
-    It holds no model, a model of another kind, or files that changed after they were written. Or
-    its fingerprint is not `origin`, where that is given.
+    It holds no whole model whose actions are tokens, or files that changed after they were written.
+    Or its fingerprint is not `origin`, where that is given.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            "no checkpoint at that place: give the folder that a script here wrote, "
-            "an OpenVLA's, or its hub id (merge a LoRA adapter first)"
-        )
+    if not folder.is_dir():
+        raise ValueError(missing_folder(folder))
     damaged = damage(folder)
     if damaged:
         raise ValueError(
@@ -226,75 +266,257 @@ def check_folder(folder: Path, origin: str = "") -> None:
             "another policy is there now than the one from which this run started: "
             "put that one back, or choose another --output-dir"
         )
-    config = dict(json.loads((folder / "config.json").read_text()))
-    kind = config.get("model_type")
+    check_files(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no checkpoint at that place (config.json is missing): {ADVICE}")
+
+
+def missing_folder(folder: Path) -> str:
+    """What to say of a folder that does not exist."""
+    advice = ADVICE
+    if HUB_ID.fullmatch(str(folder)) and folder.parent.exists():
+        advice = (
+            f"a hub id is looked up only where there is no folder {str(folder.parent)!r}, "
+            "so start elsewhere to have the hub's model"
+        )
+    return f"no checkpoint at that place (no such folder, working directory {Path.cwd()}): {advice}"
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError where a continuous head or an adapter stands beside the model."""
+    for file in sorted(folder.iterdir()):
+        name = file.name
+        weights = file.suffix in (".safetensors", *PICKLES)
+        # The heads of these scripts and value functions give no actions.
+        if weights and HEAD.search(name) and "value" not in name and name != "heads.safetensors":
+            raise ValueError(
+                f"{name} belongs to a model with a continuous action head (OpenVLA-OFT), "
+                "these scripts read models whose actions are tokens"
+            )
+        if name.startswith("adapter_"):
+            raise ValueError(
+                f"{name} belongs to a LoRA adapter: merge it with peft, PeftModel.from_pretrained("
+                "BASE, ADAPTER).merge_and_unload().save_pretrained(NEW), see docs/platforms.md; "
+                "if the model beside it is merged, remove the adapter_* files"
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files from which a model's weights are read.
+
+    Raises ValueError where there are none, because no pickle is opened here.
+    """
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+        if pickled:
+            raise ValueError(
+                f"{pickled[0]} is a pickle, which can run code, so it is not opened: write "
+                "model.safetensors with safetensors.torch.save_file, see docs/platforms.md"
+            )
+        raise ValueError("model.safetensors is missing: copy all model*.safetensors again")
+    content = read_object(index)
+    for name in ("metadata", "weight_map"):
+        if not isinstance(content.get(name), dict):
+            raise ValueError(f"{index.name}: {name} is missing or no object: copy it again")
+    files = []
+    for name in sorted({str(name) for name in content["weight_map"].values()}):
+        # A name with a slash would lead out of the folder.
+        if "/" in name or not (folder / name).is_file():
+            raise ValueError(f"{name!r:.80} of {index.name} is missing: copy it again")
+        files.append(folder / name)
+    return files
+
+
+def read_shapes(folder: Path) -> tuple[dict[str, list[int]], dict[str, torch.dtype]]:
+    """Shape and precision of each weight in a folder, by its name.
+
+    Only the headers of the files are read. Raises ValueError where a file is damaged or quantised.
+    """
+    shapes = {}
+    precisions = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    weight = tensors.get_slice(name)
+                    shapes[name] = list(weight.get_shape())
+                    precisions[name] = weight.get_dtype()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file.name} is damaged: {error}") from None
+    for name, precision in precisions.items():
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"{name} has numbers of type {precision}, not {', '.join(PRECISIONS)}: "
+                "these scripts read no quantised models"
+            )
+        precisions[name] = PRECISIONS[precision]
+    return shapes, precisions
+
+
+def read_config(folder: Path) -> tuple[vla.OpenVLAConfig, torch.dtype]:
+    """The configuration of the model in a folder, and the precision of its weights.
+
+    Raises ValueError, which names the field, where a file says what cannot be.
+    """
+    fields = read_object(folder / "config.json")
+    kind = fields.get("model_type")
     if kind != "openvla":
         raise ValueError(
-            f"this is a {kind!r} model; these scripts train model_type 'openvla' (see vla.py)"
+            f"config.json: model_type is {kind!r:.40}; these scripts train 'openvla' (see vla.py)"
         )
-    # The statistics turn tokens into actions, and a config.json may have been edited by hand.
-    norm_stats = config.get("norm_stats") or {}
-    for name, stats in norm_stats.items():
-        check_statistics(name, stats, config.get("proprio_dim"))
+    shapes, precisions = read_shapes(folder)
+    config = vla.read_config(fields, shapes)
+    config.norm_stats = read_statistics(folder, fields, config.proprio_dim)
+    return config, precisions["language_model.lm_head.weight"]
 
 
-def check_statistics(name: str, stats: dict, proprio_dim: int | None) -> None:
-    """Raises ValueError where statistics have lists of different lengths or no finite numbers."""
-    action = stats["action"]
-    lists = [action["q01"], action["q99"], action.get("mask", action["q01"])]
-    fit = len({len(numbers) for numbers in lists}) == 1
-    # Published data sets have proprioception that the model does not read.
-    if proprio_dim and "proprio" in stats:
-        proprio = [stats["proprio"]["mean"], stats["proprio"]["std"]]
-        fit = fit and all(len(numbers) == proprio_dim for numbers in proprio)
-        lists += proprio
-    if not fit or not torch.tensor(sum(lists, [])).isfinite().all():
-        raise ValueError(
-            f"norm_stats of {name} in config.json: lists of different lengths, "
-            "or numbers that are not finite"
-        )
+def read_statistics(folder: Path, fields: dict, proprio_dim: int) -> dict:
+    """`norm_stats` of config.json (`fields`) and those of dataset_statistics.json beside it.
+
+    Raises ValueError, which names the field, where they are no statistics.
+    """
+    norm_stats = fields.get("norm_stats")
+    sources = {"config.json: norm_stats": {} if norm_stats is None else norm_stats}
+    beside = folder / "dataset_statistics.json"
+    # Fine-tuning writes this file and leaves the base model's statistics in config.json.
+    # Of two entries with one name it counts, as in OpenVLA's own evaluation.
+    if beside.is_file():
+        sources["dataset_statistics.json: "] = read_object(beside)
+    known = {}
+    for source, content in sources.items():
+        if not isinstance(content, dict):
+            raise ValueError(f"{source} is {content!r:.40}, not an object")
+        for name, stats in content.items():
+            known[name] = check_statistics(f"{source}[{name!r:.80}]", stats, proprio_dim)
+    return known
+
+
+def check_statistics(field: str, stats, proprio_dim: int) -> dict:
+    """One entry of `norm_stats`, with a mask of bools. field: its name in messages.
+
+    Raises ValueError where a list is missing, or not of finite numbers, or of another length, or
+    where q01 is above q99. Of proprioception only what the model reads is checked.
+    """
+    action = part(field, stats, "action")
+    field_of = "{}['action']['{}']".format
+    for name in ("q01", "q99"):
+        if name not in action:
+            raise ValueError(
+                f"{field_of(field, name)} is missing: the policy's tokens are fractions "
+                "of the range q01 to q99, which min and max do not replace"
+            )
+    q01 = numbers(field_of(field, "q01"), action.get("q01"))
+    q99 = numbers(field_of(field, "q99"), action.get("q99"), len(q01))
+    for i, (low, high) in enumerate(zip(q01, q99)):
+        if low > high:
+            raise ValueError(f"{field_of(field, 'q01')}[{i}] is {low}, above q99, which is {high}")
+    flags = {"mask": [True] * len(q01)}
+    for name in ("mask", "binary"):
+        if action.get(name) is not None:
+            given = numbers(field_of(field, name), action[name], len(q01), flags=True)
+            flags[name] = [bool(flag) for flag in given]
+    if any(flags.get("binary", [])[:-1]):
+        raise ValueError(f"{field_of(field, 'binary')} is true for more than the gripper, the last")
+    rest = {name: value for name, value in action.items() if name != "binary"}
+    checked = {**stats, "action": {**rest, **flags}}
+    if proprio_dim:
+        proprio = part(field, stats, "proprio")
+        numbers(f"{field}['proprio']['mean']", proprio.get("mean"), proprio_dim)
+        std = numbers(f"{field}['proprio']['std']", proprio.get("std"), proprio_dim)
+        if min(std) <= 0:
+            raise ValueError(f"{field}['proprio']['std'] has {min(std)}, which cannot divide")
+    return checked
+
+
+def part(field: str, stats, name: str) -> dict:
+    """The object `name` of statistics."""
+    inside = stats.get(name) if isinstance(stats, dict) else None
+    if not isinstance(inside, dict):
+        raise ValueError(f"{field}['{name}'] is missing or no object")
+    return inside
+
+
+def numbers(field: str, given, length: int = 0, flags: bool = False) -> list:
+    """A list of finite numbers, or of true and false. length: as many there must be, if not 0."""
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{field} is {given!r:.40}, not a list of numbers")
+    kinds = (bool, int, float) if flags else (int, float)
+    for i, number in enumerate(given):
+        # The comparison is false for NaN.
+        if type(number) not in kinds or not abs(number) <= LARGEST_NUMBER:
+            raise ValueError(f"{field}[{i}] is {number!r:.40}, not a finite number")
+        if flags and number not in (0, 1):
+            raise ValueError(f"{field}[{i}] is {number!r:.40}, neither true nor false")
+    if length and len(given) != length:
+        raise ValueError(f"{field} has {len(given)} numbers, not {length}")
+    return given
 
 
 # ---- find and load -------------------------------------------------------------------------------
-def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
-    """The newest checkpoint in runs/ of the first of `scripts` that was run on this env.
-
-    If there is none, the one that the repository ships. Raises UserError if that is missing too.
-    """
-    for script in scripts:
-        found = []
-        for folder in Path("runs").glob(f"*__{script}__*/checkpoint"):
-            # A run of several tasks has all of their names, with commas between them.
-            env_ids = folder.parent.name.split("__")[0].split(",")
-            if env_id in env_ids:
-                found.append(folder)
-        if found:
-            return str(max(found, key=os.path.getmtime))
-    shipped = ROOT / "checkpoints" / f"{env_id}__sft"
-    if shipped.is_dir():
-        return str(shipped)
-    raise UserError(
-        f"no checkpoint for {env_id}: run `python sft.py --env-id {env_id}` first, "
-        "or give --checkpoint"
-    )
-
-
 def model_folder(name: str) -> Path:
     """The folder that holds a model.
 
     name: that folder, a run's folder, or a hub id `owner/name` where there is no folder `owner`.
-    A model of the hub is downloaded once. Where the hub does not have it or is out of reach, the
-    result is a folder that does not exist.
+    A model of the hub is downloaded once. Raises UserError where the hub does not give it.
+    A folder that does not exist is returned as it is.
     """
     folder = Path(name)
-    if not folder.parent.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name):
+    if HUB_ID.fullmatch(name) and not folder.parent.exists():
         wanted = ["*.json", "*.safetensors", "tokenizer.model"]
-        # The hub and every layer of the network below it raise errors of their own.
-        with contextlib.suppress(Exception):
+        # Parts of a model that is refused by their names must arrive as well.
+        wanted += ["*head*", "*projector*", "*backbone*"]
+        try:
             folder = Path(snapshot_download(name, allow_patterns=wanted))
+        # The hub and every layer of the network below it raise errors of their own.
+        except Exception as error:
+            place = f"no such folder, working directory {Path.cwd()}"
+            cause = hub_failure(name, error)
+            raise UserError(
+                f"{name} cannot be loaded: no checkpoint at that place ({place}), and {cause}"
+            ) from None
     # A run's folder holds its model in checkpoint/.
     in_run = folder / "checkpoint"
     return in_run if in_run.is_dir() else folder
+
+
+def hub_failure(name: str, error: Exception) -> str:
+    """Why the hub did not give a model, and what to do about it."""
+    if isinstance(error, GatedRepoError):
+        page = f"https://huggingface.co/{name}"
+        return f"the hub's model is gated: accept its terms at {page}, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "the hub has no such model, or a private one: check its name, "
+            "or log in with `hf auth login`"
+        )
+    cache = Path(constants.HF_HUB_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as refusal:
+        reason = refusal.strerror
+        return f"the hub's cache {cache} cannot be written ({reason}): set HF_HOME to another place"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"HF_HUB_OFFLINE is set and the cache {cache} does not hold the model: "
+            "unset it, or give the folder of a copy"
+        )
+    # Without a network the hub looks for a copy in its cache.
+    if isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+        return (
+            "the hub is out of reach: check the network, "
+            "or download the model elsewhere and give its folder"
+        )
+    reason = first_line(error)
+    return f"the download from the hub failed ({reason}): give the command again"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_policy(
@@ -310,14 +532,53 @@ def load_policy(
     folder = model_folder(checkpoint)
     try:
         check_folder(folder, origin)
-        model = AutoModelForImageTextToText.from_pretrained(folder)
+        config, precision = read_config(folder)
+        processor = load_processor(folder, config)
+        model = vla.OpenVLAForActionPrediction.from_pretrained(
+            folder, config=config, dtype=precision
+        )
         model = model.to(device).eval()
-        processor = AutoProcessor.from_pretrained(folder)
     # A file may hold anything, so any error may come up.
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{folder} cannot be loaded: {lines[0]}") from None
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from None
     return model, processor, folder
+
+
+def load_processor(folder: Path, config: vla.OpenVLAConfig) -> vla.PrismaticProcessor:
+    """The processor in a folder. Raises ValueError where it is not one for this model."""
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        images = processor.image_processor
+        towers = len(images.means)
+        normalised = torch.tensor([images.means, images.stds]).isfinite().all()
+        normalised = normalised and min(map(min, images.stds)) > 0
+        tokens = [processor.tokenizer.bos_token_id, processor.tokenizer.pad_token_id]
+        largest = max(*tokens, *processor.tokenizer.get_vocab().values())
+    # Each library that reads these files raises errors of its own.
+    except Exception:
+        raise ValueError(
+            "the processor's files are missing or damaged (preprocessor_config.json or "
+            "processor_config.json, tokenizer.json, tokenizer_config.json): copy them again"
+        ) from None
+    size = config.image_sizes[0]
+    expected = {
+        "input_sizes": [[3, size, size]] * (1 if config.vision_widths else 2),
+        "image_resize_strategy": "resize-naive",
+        "tvf_do_letterbox": False,
+    }
+    for name, value in expected.items():
+        found = getattr(images, name, value)
+        if found != value:
+            raise ValueError(
+                f"the processor's {name} is {found!r:.60}, but the model takes {value!r}"
+            )
+    if towers != len(expected["input_sizes"]) or not normalised:
+        raise ValueError("the processor's means and stds are not those of the model's towers")
+    if largest >= config.text_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has token {largest}, which is not in the model's vocabulary"
+        )
+    return processor
 
 
 def load_separator(
@@ -356,6 +617,7 @@ def load_separator(
         AttributeError,
         RuntimeError,
         SafetensorError,
+        UserError,
     ):
         return None
 
@@ -389,18 +651,24 @@ def task_stats(
     """
     known = model.config.norm_stats
     key = unnorm_key or env_id
+    dims = {name: len(stats["action"]["q01"]) for name, stats in known.items()}
     # Data sets of other robots may have other numbers of actions.
-    names = [name for name, stats in known.items() if len(stats["action"]["q01"]) == 7]
+    names = [name for name in known if dims[name] == 7]
     if key not in names:
+        size = f", which has {dims[key]} (two arms or another robot)" if key in dims else ""
         raise UserError(
             f"this checkpoint was trained with 7 actions on {', '.join(names) or 'no task'}, "
-            f"not on {key}; --unnorm-key takes one of those for a task"
+            f"not on {key}{size}; --unnorm-key takes one of those for a task"
         )
-    if unnorm_key:
-        stats = known[unnorm_key]
-        # A model without proprioception is a published one: its gripper runs from 0 to 1.
-        known[env_id] = stats if model.config.proprio_dim else vla.signed_gripper(stats)
-    return known[env_id]
+    stats = known[key]
+    # A model without proprioception is a published one: its gripper may run from 0 to 1.
+    if not model.config.proprio_dim:
+        try:
+            stats = vla.signed_gripper(stats)
+        except ValueError as error:
+            raise UserError(f"norm_stats[{key!r}]['action']: {error}") from None
+    known[env_id] = stats
+    return stats
 
 
 def check_instructions(

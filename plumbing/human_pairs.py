@@ -8,12 +8,11 @@ tensor. Where trajectories are not cut into stages, `segments[i]` is [all its st
 import json
 from pathlib import Path
 
-import imageio
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.report import write_text
+from plumbing.report import encode, write_text
 from world.tasks import UserError
 
 # What pairs.jsonl calls the two roll-outs of a pair.
@@ -34,6 +33,18 @@ def side_by_side(films: list[np.ndarray]) -> np.ndarray:
     left, right = padded
     bar = np.full_like(left[:, :, :12], 255)
     return np.concatenate([left, bar, right], 2)
+
+
+def write_clip(path: Path, frames: np.ndarray) -> None:
+    """Writes an mp4 of frames (T, H, W, 3) uint8. Raises UserError where that fails."""
+    try:
+        encode(path, list(frames))
+    # An encoder raises errors of its own.
+    except Exception as error:
+        raise UserError(
+            f"cannot write {path} ({error}): mend that (imageio-ffmpeg, or the disk), then give "
+            "this command again with --output-dir and --resume"
+        ) from None
 
 
 def film_of(rgb: torch.Tensor, first: int, last: int) -> np.ndarray:
@@ -86,7 +97,7 @@ def export_pairs(
             row[f"{side}_steps"] = [first, last]
             films.append(film_of(rollouts[i]["rgb"], first, last))
         path = folder / row["clip"]
-        imageio.mimwrite(path, side_by_side(films), fps=10, macro_block_size=None)
+        write_clip(path, side_by_side(films))
         # The person writes the verdict here.
         row["preferred"] = None
         lines.append(json.dumps(row))

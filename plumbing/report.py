@@ -8,9 +8,11 @@ docs/metrics.md and docs/data_format.md describe both.
 Letters: T steps, K stages.
 """
 
+import contextlib
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +32,9 @@ MEANS = ("success_once", "success_at_end", "return", "episode_len", "furthest_st
 # Keys that `result_table` reads in a result, and in each of its rows.
 RESULT_KEYS = {"method", "env_id", "success_once", "success_at_end", "stage_reach_rate", "episodes"}
 ROW_KEYS = {"seed", "success_once"}
+
+# How much `check_writable` writes. A result has a tenth of it.
+PROBE_BYTES = 2**20
 
 # The TensorBoard scalars that a summary shows, where the run has them.
 CURVES = (
@@ -139,13 +144,22 @@ def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
     num_black = -len(episodes) % columns
     episodes = episodes + [black] * num_black
     starts = range(0, len(episodes), columns)
-    # Under its final name the file is always whole, because it is renamed at the end.
-    new = path.with_suffix(".tmp.mp4")
-    with imageio.get_writer(new, fps=10, macro_block_size=None) as writer:
-        for frames in zip(*episodes, strict=True):
-            rows = [np.concatenate(frames[i : i + columns], 1) for i in starts]
-            writer.append_data(np.concatenate(rows, 0))
-    new.rename(path)
+    grid = []
+    for frames in zip(*episodes, strict=True):
+        rows = [np.concatenate(frames[i : i + columns], 1) for i in starts]
+        grid.append(np.concatenate(rows, 0))
+    encode(path, grid)
+
+
+def encode(path: Path, frames: list[np.ndarray]) -> None:
+    """Writes an mp4 of frames (H, W, 3) uint8, ten a second. Raises an error of the encoder's."""
+    with whole_file(path) as new:
+        imageio.mimwrite(new, frames, fps=10, macro_block_size=None)
+        # On a full disk the encoder stops early and raises nothing.
+        with imageio.get_reader(new) as video:
+            num_written = video.count_frames()
+        if num_written != len(frames):
+            raise RuntimeError(f"{num_written} of {len(frames)} frames were encoded")
 
 
 # ---- tables ----
@@ -248,11 +262,59 @@ def read_results(path: str) -> dict:
     return result
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a name to write to, and renames that file to `path` at the end.
+
+    So no reader sees half a file. Where the writing fails, nothing is left.
+    """
+    # Libraries read the format from the suffix, so it stays.
+    new = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under another name and renames it, so that no reader sees half a file."""
-    new = path.with_name(path.name + ".tmp")
-    new.write_text(text)
-    new.replace(path)
+    """Writes a whole file or none."""
+    with whole_file(path) as new:
+        new.write_text(text)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and writes a file there, because hours of work may end in writing to it.
+
+    Raises UserError where that fails.
+    """
+    probe = folder / "probe.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A full disk still takes an empty file.
+        probe.write_bytes(bytes(PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}): give another --output-dir"
+        ) from None
+
+
+def write_if_possible(path: Path, write: Callable, *args) -> bool:
+    """Calls write(path, *args) and returns whether it worked. If not, it prints a warning.
+
+    It is for pictures and videos: the numbers are written already.
+    """
+    try:
+        write(path, *args)
+    # An encoder and a plotting library raise errors of their own.
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"warning: {path} is not written: {reason[-1]}")
+        return False
+    return True
 
 
 def plot_stages(path: Path, stages: tuple[str, ...], reach_rate: list[float]) -> None:
@@ -263,26 +325,27 @@ def plot_stages(path: Path, stages: tuple[str, ...], reach_rate: list[float]) ->
     figure = Figure((6, 3), layout="constrained")
     axis = figure.add_subplot(ylabel="episodes that completed it, %", ylim=(0, 100))
     axis.bar(stages, 100 * np.array(reach_rate))
-    figure.savefig(path)
+    with whole_file(path) as new:
+        figure.savefig(new)
 
 
-def plot_curves(path: Path, run: Path) -> bool:
-    """The curves that a run's TensorBoard files hold, side by side. False where there is none."""
+def plot_curves(path: Path, run: Path) -> None:
+    """The curves that a run's TensorBoard files hold, side by side. No file where it has none."""
     from matplotlib.figure import Figure
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(run)).Reload()
     names = [name for name in CURVES if name in log.Tags()["scalars"]]
     if not names:
-        return False
+        return
     figure = Figure((3 * len(names), 2.4), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         points = log.Scalars(name)
         axis.plot([point.step for point in points], [point.value for point in points])
         axis.set_title(name, fontsize=9)
-    figure.savefig(path)
-    return True
+    with whole_file(path) as new:
+        figure.savefig(new)
 
 
 def write_summary(run: Path, name: str, result: dict, trained: dict, table: str) -> None:
@@ -294,15 +357,20 @@ def write_summary(run: Path, name: str, result: dict, trained: dict, table: str)
     """
     suffix = name.removeprefix("results")
     stages = get_task(result["env_id"]).stages
-    plot_stages(run / f"stages{suffix}.png", stages, result["stage_reach_rate"])
-    has_curves = plot_curves(run / "curves.png", run)
+    stages_png = run / f"stages{suffix}.png"
+    curves_png = run / "curves.png"
+    pictures = []
+    if write_if_possible(stages_png, plot_stages, stages, result["stage_reach_rate"]):
+        pictures.append(stages_png)
+    # A published model has no curves.
+    if write_if_possible(curves_png, plot_curves, run) and curves_png.exists():
+        pictures.append(curves_png)
     # Another version may round or render differently.
     packages = ("torch", "transformers", "mani_skill", "sapien", "numpy")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     text = f"# {result['method']} on {result['env_id']}\n\n```\n{table}\n```\n\n"
-    text += f"![stages](stages{suffix}.png)\n\n"
-    if has_curves:
-        text += "![curves](curves.png)\n\n"
+    for picture in pictures:
+        text += f"![{picture.stem}]({picture.name})\n\n"
     text += f"Trained by `{trained.get('command', 'unknown')}` "
     text += f"({trained.get('env_steps')} env steps, {trained.get('wall_s')} s), "
     text += f"evaluated by `{result['command']}` at commit {result['commit'] or 'unknown'}. "

@@ -7,12 +7,11 @@ and saves when `Stop.asked()`.
 """
 
 import contextlib
-import fcntl
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
+import select
 import shutil
 import signal
 import sys
@@ -28,13 +27,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from plumbing import parallel
-from plumbing.checkpoint import load_state, recover
+from plumbing.checkpoint import load_state, read_settings, recover
+from plumbing.folders import holds_run, lock_run, make_folder
 from world.tasks import UserError
 
 HEARTBEAT = 30  # seconds between two lines of a progress report that is not on a terminal
-
-# The locks that this process holds until it ends, by folder.
-LOCKS: dict[Path, int] = {}
+PATIENCE = 8  # seconds that a process has for its end after a second signal
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPED = "a training run goes on with --resume and its --output-dir"
 
 
 # ---- signals and errors ----
@@ -42,12 +42,13 @@ class Stop:
     """What SIGINT (Ctrl-C) and SIGTERM do.
 
     They end a script at once, except in a training loop: there the update ends first and is saved.
-    A second signal does not wait for the update. No signal interrupts a save.
+    A second signal does not wait for the update. It lets a save go on for PATIENCE seconds.
     """
 
     signals: list[int] = []
     held = False  # a training loop is running
     leaving = False  # the loop has seen a signal and saves
+    watched = False  # a thread reads the signals too
 
     @classmethod
     def catch(cls, number: int, frame) -> None:
@@ -56,6 +57,21 @@ class Stop:
         again = len(cls.signals) > 1 and not cls.leaving
         if again or not cls.held:
             raise KeyboardInterrupt
+
+    @classmethod
+    def watch(cls) -> None:
+        """Makes sure that a second signal ends this process.
+
+        Python calls a handler in the main thread alone, which may hang in a library: in a file, in
+        a pipe, in a sum over processes. The system writes each signal into a pipe for this thread.
+        """
+        if cls.watched:
+            return
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=end_after_two, args=(reader,), daemon=True).start()
+        cls.watched = True
 
     @classmethod
     def hold(cls, more: bool) -> bool:
@@ -80,6 +96,27 @@ class Stop:
         return cls.leaving
 
 
+def end_after_two(pipe: int) -> None:
+    """Ends this process and its env processes PATIENCE seconds after a second signal.
+
+    pipe: each signal's number is read from it, as a byte.
+    """
+    asked = 0
+    while asked < 2:
+        (number,) = os.read(pipe, 1)
+        asked += number in SIGNALS
+    # The main thread is quicker, unless it hangs or saves.
+    time.sleep(PATIENCE)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with contextlib.suppress(OSError, ValueError):
+        # The reader of a pipe may hang too.
+        _, writable, _ = select.select([], [2], [], 0)
+        if writable:
+            os.write(2, f"stopped at the second signal; {STOPPED}\n".encode())
+    os._exit(128 + number)
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Ends a script in one line where the user or the machine is at fault, and not the code.
@@ -87,10 +124,13 @@ def one_line_errors():
     The exit code is 2 for an error, and 128 + the signal's number after a signal. The code's own
     faults keep their traceback.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, Stop.catch)
+    Stop.watch()
+    line = ""
+    code = 0
     try:
-        return (yield)
+        yield
     except KeyboardInterrupt:
         # A second signal ends the script here.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -100,7 +140,7 @@ def one_line_errors():
         # Without a signal of its own, this process follows another one of its job.
         number = Stop.signals[-1] if Stop.signals else signal.SIGTERM
         saved = "the last update is saved, " if Stop.leaving else ""
-        line = f"stopped; {saved}a training run goes on with --resume and its --output-dir"
+        line = f"stopped; {saved}{STOPPED}"
         code = 128 + number
     except (UserError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
         reason = explain(error)
@@ -108,8 +148,13 @@ def one_line_errors():
             raise
         line = f"error: {reason}"
         code = 2
-    print(line, file=sys.stderr)
-    sys.exit(code)
+    if line:
+        print(line, file=sys.stderr)
+    # Nothing is left to save. A library that hangs at the end must not keep the process.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    if code:
+        sys.exit(code)
 
 
 def first_line(text: str) -> str:
@@ -198,22 +243,6 @@ def refuse_nan(losses: dict[str, float], output: Path, batch: dict[str, torch.Te
 
 
 # ---- the run's folder ----
-def lock_run(folder: Path) -> None:
-    """Keeps other processes out of a run's folder. Raises UserError when one is in it."""
-    folder = folder.resolve()
-    if folder in LOCKS:
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"another process is at work in {folder}: wait for it, stop it, "
-            "or choose another --output-dir"
-        ) from None
-    LOCKS[folder] = handle
-
-
 class Run:
     """A training run's folder: its lock, the state to resume from, its TensorBoard log.
 
@@ -240,7 +269,7 @@ class Run:
             parallel.barrier()
             self.state = load_state(self.folder, script)
         if self.state:
-            settings = json.loads((self.folder / "checkpoint" / "args.json").read_text())
+            settings = read_settings(self.folder / "checkpoint")
             # Runs from before LoRA trained all weights.
             self.settings = {"lora_rank": 0, **settings}
         before = self.state["wall_s"] if self.state else 0
@@ -270,12 +299,12 @@ class Run:
         settings: all arguments, to be logged. output_dir: "" makes a new folder under runs/.
         Raises UserError when the folder holds a run already and --resume was not given.
         """
-        name = f"{settings['env_id']}__{self.script}__{settings['seed']}__{int(time.time())}"
-        self.folder = Path(output_dir or f"runs/{name}")
         if self.rank == 0:
+            if not output_dir:
+                self.folder = make_folder(settings["env_id"], self.script, settings["seed"])
             self.folder.mkdir(parents=True, exist_ok=True)
             lock_run(self.folder)
-            if any(self.folder.iterdir()) and not settings["resume"]:
+            if holds_run(self.folder) and not settings["resume"]:
                 raise UserError(
                     f"{self.folder} holds a run already: add --resume to go on with it, "
                     "or choose another --output-dir"
@@ -357,7 +386,7 @@ class Progress(tqdm):
     def __init__(self, *args, **kwargs):
         self.is_bar = sys.stderr.isatty()
         self.ended = threading.Event()
-        if int(os.environ.get("RANK", 0)) > 0:
+        if parallel.rank() > 0:
             kwargs["disable"] = True
         if not self.is_bar:
             # Every step updates `n`, because a line may be due at any time. With `leave` tqdm

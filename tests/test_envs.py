@@ -592,46 +592,6 @@ def test_infos_come_out_of_a_row_of_numbers_as_they_went_in(env_id):
 
 
 # ---- demonstrations ----
-def write_states(path: Path, states: list[dict], actions: torch.Tensor) -> None:
-    """A ManiSkill trajectory of PickCube-v1 without images."""
-    with h5py.File(path, "w") as file:
-        file["traj_0/actions"] = actions.numpy()
-        for kind, bodies in states[0].items():
-            for name in bodies:
-                values = np.concatenate([state[kind][name].numpy() for state in states])
-                file[f"traj_0/env_states/{kind}/{name}"] = values
-    episode = {"episode_id": 0, "control_mode": "pd_ee_delta_pose"}
-    meta = {"env_info": {"env_id": "PickCube-v1"}, "episodes": [episode]}
-    path.with_suffix(".json").write_text(json.dumps(meta))
-
-
-def test_recorded_states_are_seen_through_our_camera(tmp_path, monkeypatch):
-    """A ManiSkill trajectory without images gives the frames that its states show."""
-    env = StageEnv("PickCube-v1", 1, "cpu", 0)
-    obs, _ = env.reset(seed=[5])
-    seen = []
-    states = [env.base.get_state_dict()]
-    actions = []
-    for _ in range(4):
-        seen.append(obs)
-        actions.append(env.expert_action(RIGHT))
-        obs, *_ = env.step(actions[-1])
-        states.append(env.base.get_state_dict())
-    env.reset(seed=[6])
-    actions = torch.cat(actions)
-    write_states(tmp_path / "demos.h5", states, actions)
-    monkeypatch.setattr(world.demos, "StageEnv", lambda *args, **kwargs: env)
-    rgb, proprio, labels, *_ = read_demos(tmp_path / "demos.h5", "PickCube-v1", 9)
-    assert torch.equal(labels, actions)
-    assert rgb.dtype == torch.uint8
-    expected = torch.cat([obs["proprio"] for obs in seen])
-    assert torch.allclose(proprio, expected, atol=1e-5)
-    difference = (rgb.int() - torch.cat([obs["rgb"] for obs in seen]).int()).abs()
-    assert rgb.shape == (4, 128, 128, 3)
-    assert (difference > 8).float().mean() < 1e-3
-    env.env.close()
-
-
 def test_failed_episodes_and_those_beyond_the_number_are_not_read(tmp_path):
     path = write_demos(tmp_path / "demos.h5", lengths=(5, 6, 7))
     meta = json.loads(path.with_suffix(".json").read_text())

@@ -25,7 +25,8 @@ import sft
 import sta_ppo
 import sta_tpo
 from plumbing.checkpoint import checksums, damage, load_policy, load_state, save_checkpoint
-from plumbing.run import Run, Stop, lock_run
+from plumbing.folders import lock_run
+from plumbing.run import Run, Stop
 from world.tasks import TRAIN_SEEDS, UserError
 from world.vector import make_envs
 

@@ -77,7 +77,7 @@ def test_a_process_that_shall_be_silent_prints_nothing(how, heartbeat, capsys, m
     """In a job all processes but rank 0 are silent."""
     heartbeat(0.1)
     if how == "rank":
-        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr(plumbing.run.parallel, "rank", lambda: 1)
     bar = {"total": 40, "desc": "roll-outs", "unit": "episode", "disable": how == "disable"}
     progress = Progress(**bar)
     for _ in range(4):

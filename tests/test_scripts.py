@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PPO_UPDATE, ROOT, TASK, differing, output_of, scalars, tensors
 
-from plumbing.checkpoint import find_checkpoint, read_state
+from plumbing.checkpoint import read_state
 from world.tasks import EVAL_SEED, TRAIN_SEEDS
 
 K = len(TASK.stages)
@@ -165,13 +165,3 @@ def test_smoke_run_of_the_whole_pipeline_prints_a_table():
     table = done.stdout.split("success_once")[-1]
     methods = [line.split()[0] for line in table.splitlines()[1:4]]
     assert methods == ["SFT", "STA-TPO", "STA-PPO"]
-
-
-def test_the_newest_run_is_the_one_to_start_from(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for seed, time in ((1, 2e9), (2, 1e9), (3, 1.5e9)):
-        folder = tmp_path / f"runs/PickCube-v1__sft__{seed}__0/checkpoint"
-        folder.mkdir(parents=True)
-        os.utime(folder, (time, time))
-    newest = "runs/PickCube-v1__sft__1__0/checkpoint"
-    assert find_checkpoint("PickCube-v1", ("sft",)) == newest

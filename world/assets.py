@@ -59,10 +59,9 @@ def light_assets() -> Path:
     same, because collision meshes are untouched.
     Raises UserError if the folder cannot be written.
     """
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     # The number is that of what `make_light_assets` makes. A new one leaves old caches aside.
     name = f"light-3-{mani_skill.__version__}-{sapien.__version__}"
-    cache = cache_home / "stare-vla" / name
+    cache = cache_home() / "stare-vla" / name
     if cache.exists():
         return cache
     try:
@@ -75,6 +74,20 @@ def light_assets() -> Path:
             " to another folder"
         ) from None
     return cache
+
+
+def cache_home() -> Path:
+    """The folder of the user's caches. Raises UserError where the user has no home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    # A container may give a process a user number that has no name.
+    except RuntimeError:
+        raise UserError(
+            "this user has no home folder: set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
 
 
 def make_light_assets(cache: Path) -> None:

@@ -5,24 +5,65 @@
 Letters: T steps, N envs, A numbers of an action, M frames of all demonstrations.
 """
 
+import contextlib
 import json
+import os
+import reprlib
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
-from mani_skill.trajectory import utils as trajectory_utils
 from tqdm import tqdm
 
 from stare_utils import Tensor
 from world.assets import IMAGE_SIZE
 from world.envs import StageEnv
-from world.tasks import TRAIN_SEEDS, UserError, get_task
+from world.tasks import PANDA, TRAIN_SEEDS, Arm, UserError, get_task
 from world.vector import ScriptedExpert, make_envs
 
 # An episode of T steps as arrays: rgb (T, H, W, 3), proprioception (T, 8), actions (T, A),
 # geometry (T, 8), stage (T,).
 Frames = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+# The arrays of an episode that are read, beside env_states.
+FIELDS = (
+    "actions",
+    "success",
+    "expert_actions",
+    "geometry",
+    "stage",
+    "obs/proprio",
+    "obs/sensor_data/base_camera/rgb",
+)
+# Types of numbers, as numpy's characters.
+FLOATS = "efd"
+PIXELS = "B"
+WHOLE = "bBhHiIlLqQ"
+# Metres, radians, and both per second: no env has larger numbers.
+LARGEST = 1e3
+# As Python, JSON and numpy write them.
+TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def open_h5(path: Path, mode: str = "r") -> h5py.File:
+    """Opens an .h5 file to read ("r") or to write ("w") it. Raises UserError that says why not."""
+    try:
+        return h5py.File(path, mode)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+    if "unable to lock" in reason:
+        # Linux gives this number where another process holds the lock.
+        if "errno = 11" in reason:
+            reason = "another process has it open"
+        else:
+            reason = "its file system has no locks: set HDF5_USE_FILE_LOCKING=FALSE"
+    if mode == "w":
+        # The file is made before it is locked.
+        path.unlink(missing_ok=True)
+    raise UserError(f"cannot {'write' if mode == 'w' else 'read'} {path}: {reason}")
 
 
 # ---- recording ----
@@ -179,7 +220,7 @@ def collect_demos(
     mistakes = {"speed": speed, "noise": noise, "slip": slip, "pause": pause, "twist": twist}
     expert = ClumsyExpert(ScriptedExpert(envs), rng, **mistakes)
     bar = progress(total=num_demos, desc=f"{env_id} demonstrations", unit="episode")
-    with h5py.File(path.with_suffix(".tmp"), "w") as file:
+    with open_h5(path.with_suffix(".tmp"), "w") as file:
         episodes = record(file, expert, rng, num_demos, bar)
     bar.close()
     envs.close()
@@ -289,17 +330,127 @@ def read_demos(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The frames of the first `num_demos` successful episodes of a ManiSkill .h5 file.
 
-    Returns rgb (M, image_size, image_size, 3) uint8, proprioception (M, 8), actions (M, A), which
-    are the clean labels where the file has them, geometry (M, 8), and stage labels (M,), -1 where
-    the stage is unknown. progress: the class of the progress bar.
-    Raises UserError on a file of another env or control mode, or one that does not hold what it
-    should. Prints a warning where many episodes are longer than the task's.
+    A file is read as a witness: what it says is checked as far as anything can tell.
+    Returns rgb (M, image_size, image_size, 3) uint8, proprioception (M, 8), actions (M, A),
+    geometry (M, 8), and stage labels (M,), -1 where the stage is unknown. The actions are what the
+    controller executes, of the clean labels where the file has them.
+    progress: the class of the progress bar.
+    Raises UserError that names the file, the episode and the field, on a file of another env or
+    control mode, or one that does not hold what it should. Prints a warning where episodes are left
+    out, where many are longer than the task's, and where actions are no arm's.
     """
+    meta = read_meta(path, env_id)
+    frames = read_episodes(path, env_id, meta, num_demos, image_size, progress)
+    warn_of_long_episodes(env_id, meta, [len(rgb) for rgb, *_ in frames])
+    parts = [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*frames)]
+    glitches = (~is_ordinary(parts[2], get_task(env_id).arm)).sum()
+    if glitches:
+        print(
+            f"warning: {glitches} actions of {path} are more than ten times the expert's largest "
+            "step: their labels are the largest of the other actions"
+        )
+    return tuple(parts)
+
+
+def read_episodes(
+    path: Path, env_id: str, meta: dict, num_demos: int, image_size: int, progress: type[tqdm]
+) -> list[Frames]:
+    """The frames of each episode, see read_demos. meta: of `read_meta`.
+
+    An episode that sft.py did not record has no images of our camera. Its recorded states are put
+    back into a simulator, and are seen through our camera there.
+    """
+    entries = meta["episodes"]
+    bar = progress(total=min(num_demos, len(entries)), desc="read demonstrations", unit="episode")
+    simulator = None
+    frames = []
+    lost = 0
+    for entry in entries:
+        if len(frames) == num_demos:
+            break
+        # The arrays of failed episodes need no look.
+        if truth(entry.get("success")) is False:
+            continue
+        episode = Episode(path, entry, env_id)
+        success = episode.success()
+        if success is False:
+            continue
+        episode.check_control_mode(meta)
+        if "geometry" in episode.arrays:
+            found = episode.recorded_frames(image_size, meta.get("source_type"), success)
+        else:
+            # One simulator serves all episodes.
+            if simulator is None:
+                simulator = StageEnv(env_id, 1, "cpu", 0, image_size=image_size)
+            found = look_at_states(episode, simulator)
+            # The last state alone tells whether an episode of which nothing is said succeeded.
+            lost += found is None and success is True
+        if found:
+            frames.append(found)
+            bar.update()
+    bar.close()
+    judge_losses(path, lost, len(frames))
+    return frames
+
+
+def judge_losses(path: Path, lost: int, num_read: int) -> None:
+    """Says how many episodes did not come back. Raises UserError where they are too many."""
+    why = "their last state, put back after a reset with their seed, is no success"
+    # Contact forces are recorded nowhere, so a borderline episode may be lost. More than a tenth
+    # means other objects, other seeds or shifted rows.
+    if lost > 0.1 * (lost + num_read):
+        raise UserError(
+            f"{path}: {lost} of {lost + num_read} successful episodes do not come back: {why}. "
+            "The file is of another env or version, or its rows or seeds are wrong"
+        )
+    if lost:
+        print(
+            f"warning: {lost} of {lost + num_read} episodes of {path} are left out, because {why}"
+        )
+    if not num_read:
+        raise UserError(f"{path} holds no successful episode")
+
+
+def read_meta(path: Path, env_id: str) -> dict:
+    """The .json file beside the .h5 file. Its `env_info` and `episodes` have their form.
+
+    Raises UserError that names the field which does not.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"cannot read {path}: there is no such file")
+    file = path.with_suffix(".json")
     try:
-        frames = read_episodes(path, env_id, num_demos, image_size, progress)
-        warn_of_long_episodes(env_id, [len(rgb) for rgb, *_ in frames])
-        return tuple(torch.from_numpy(np.concatenate(parts)) for parts in zip(*frames))
-    # A file from elsewhere may hold anything.
+        meta = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {file} beside {path.name}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"cannot read {file} beside {path.name}: it is not JSON") from None
+    env_info = meta.get("env_info") if isinstance(meta, dict) else None
+    if not isinstance(env_info, dict):
+        raise UserError(f"{file}: env_info is missing: it is not of a ManiSkill trajectory file")
+    if not isinstance(env_info.get("env_id"), str):
+        raise UserError(f"{file}: env_info.env_id is missing")
+    # Stages and cameras are this task's own, so another task's episodes are of no use.
+    if env_info["env_id"] != env_id:
+        raise UserError(f"{path} holds {env_info['env_id']} demonstrations, not {env_id}")
+    episodes = meta.get("episodes")
+    if not isinstance(episodes, list):
+        raise UserError(f"{file}: episodes is missing, or is no list")
+    numbers = set()
+    for i, episode in enumerate(episodes):
+        number = episode.get("episode_id") if isinstance(episode, dict) else None
+        # True is an int for Python.
+        if type(number) is not int or number in numbers:
+            raise UserError(f"{file}: episode_id of episodes[{i}] is missing, or there twice")
+        numbers.add(number)
+    return meta
+
+
+@contextlib.contextmanager
+def damage_in_one_line(path: Path) -> Iterator[None]:
+    """Raises UserError in place of what h5py raises where it meets damaged bytes."""
+    try:
+        yield
     except (
         OSError,
         ValueError,
@@ -308,141 +459,300 @@ def read_demos(
         AttributeError,
         IndexError,
         RuntimeError,
-    ) as error:
-        raise UserError(
-            f"cannot read {path} with {path.with_suffix('.json').name} beside it: "
-            f"{type(error).__name__} {str(error).splitlines()[:1]}"
-        ) from None
+        MemoryError,
+    ):
+        raise UserError(f"cannot read {path}: its bytes are damaged") from None
 
 
-def read_episodes(
-    path: Path, env_id: str, num_demos: int, image_size: int, progress: type[tqdm]
-) -> list[Frames]:
-    """The frames of each episode, see read_demos. Raises UserError, or what a broken file raises.
+def read_arrays(path: Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of one episode that are of use here, by their names in the group `name`."""
+    datasets = {}
+    found = {}
 
-    An episode that sft.py did not record has no images of our camera. Its recorded states are put
-    back into a simulator, and are seen through our camera there.
+    def add(field: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset):
+            datasets[field] = item
+
+    with damage_in_one_line(path), open_h5(path) as file:
+        group = file.get(name)
+        if not isinstance(group, h5py.Group):
+            raise UserError(f"{path}: {name} is missing, or is no group")
+        group.visititems(add)
+        for field, dataset in datasets.items():
+            # ManiSkill's own pictures may be gigabytes, and are not of our camera.
+            observed = field.startswith("obs/") and "geometry" not in datasets
+            if not observed and (field in FIELDS or field.startswith("env_states")):
+                found[field] = np.asarray(dataset[()])
+    return found
+
+
+def truth(value: object) -> bool | None:
+    """What a file means by a truth value, also in a list of one. None: an unknown form."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return TRUTH.get(str(value).lower())
+
+
+def whole_number(value: object) -> int | None:
+    """A whole number, also as 3.0 and in a list of one. None: an unknown form."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if type(value) is float and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
+class Episode:
+    """What a file says of one episode of T steps.
+
+    All methods raise UserError that names the file, the episode and the field at fault.
     """
-    task = get_task(env_id)
-    episodes = successful_episodes(path, env_id, num_demos)
-    simulator = None
-    frames = []
-    with h5py.File(path) as file:
-        for episode in progress(episodes, desc="read demonstrations", unit="episode"):
-            group = file.get(f"traj_{episode['episode_id']}", {})
-            check_actions(path, env_id, episode, group)
-            # The labels are what was executed, except where the file has clean ones.
-            actions = group.get("expert_actions", group["actions"])[:]
-            if "geometry" in group:
-                rgb, proprio, geometry = read_observations(group)
-            elif "env_states" in group:
-                # One simulator serves all episodes.
-                if simulator is None:
-                    simulator = StageEnv(env_id, 1, "cpu", 0, image_size=image_size)
-                # The sizes of the objects belong to the episode, so its seed begins it.
-                simulator.reset(episode.get("episode_seed"))
-                rgb, proprio, geometry = look_at_states(group, simulator, len(actions))
-            else:
-                raise UserError(
-                    f"{path} has neither images of our camera nor env_states: record it again "
-                    "with sft.py or with ManiSkill's RecordEpisode"
+
+    def __init__(self, path: Path, entry: dict, env_id: str):
+        """entry: of the .json file. Reads the arrays of the .h5 file."""
+        self.path = path
+        self.entry = entry
+        self.env_id = env_id
+        self.task = get_task(env_id)
+        self.arrays = read_arrays(path, f"traj_{entry['episode_id']}")
+        shape = self.arrays.get("actions", np.array(0)).shape
+        if not shape or shape[0] == 0:
+            raise self.error("there are no actions")
+        self.T = shape[0]
+        steps = entry.get("elapsed_steps", self.T)
+        if whole_number(steps) != self.T:
+            raise self.error(
+                f"elapsed_steps is {reprlib.repr(steps)}, and there are {self.T} actions"
+            )
+
+    def error(self, what: str) -> UserError:
+        """The error to raise. what: the field, and what is wrong with it."""
+        return UserError(f"{self.path} episode {self.entry['episode_id']}: {what}")
+
+    def array(
+        self, field: str, shape: tuple[int, ...], types: str = FLOATS, largest: float = LARGEST
+    ) -> np.ndarray:
+        """One array, float32 where it has floats. shape: the right one. types: of its numbers.
+
+        largest: the largest absolute value allowed.
+        """
+        if field not in self.arrays:
+            raise self.error(f"{field} is missing")
+        array = self.arrays[field]
+        if array.dtype.char not in types:
+            raise self.error(f"{field} has numbers of another type: {array.dtype}")
+        if array.shape != shape:
+            raise self.error(
+                f"{field} has the shape {array.shape}, where {self.T} actions need {shape} for "
+                "this policy"
+            )
+        if array.dtype.char not in FLOATS:
+            return array
+        # NaN fails this test.
+        if not (np.abs(array.astype(np.float64)) <= largest).all():
+            raise self.error(f"{field} has numbers that are not finite, or beyond {largest:g}")
+        return array.astype(np.float32)
+
+    def success(self) -> bool | None:
+        """Whether the episode ended in success, wherever it is said. None: nowhere."""
+        info = self.entry.get("info")
+        said = {}
+        if "success" in self.entry:
+            said["success"] = self.entry["success"]
+        # This is the place of ManiSkill 2.
+        if isinstance(info, dict) and "success" in info:
+            said["info.success"] = info["success"]
+        if "success" in self.arrays:
+            rows = self.arrays["success"]
+            if len(np.atleast_1d(rows)) != self.T:
+                raise self.error(f"success of the .h5 file has not {self.T} rows")
+            said["success of the .h5 file"] = np.atleast_1d(rows)[-1].tolist()
+        for field, value in said.items():
+            if truth(value) is None:
+                raise self.error(f"{field} is {reprlib.repr(value)}, neither true nor false")
+        verdicts = {truth(value) for value in said.values()}
+        if len(verdicts) == 2:
+            raise self.error(f"{' and '.join(said)} contradict each other")
+        return verdicts.pop() if verdicts else None
+
+    def seed(self) -> int:
+        """The seed of the reset that began the episode."""
+        own = self.entry.get("episode_seed")
+        kwargs = self.entry.get("reset_kwargs")
+        # This is the place of ManiSkill 2.
+        given = kwargs.get("seed") if isinstance(kwargs, dict) else None
+        # Parallel envs were reset with a list of seeds. `episode_seed` is that of this one.
+        if isinstance(given, list) and len(given) > 1 and own is not None:
+            given = None
+        seeds = set()
+        for field, value in (("episode_seed", own), ("reset_kwargs.seed", given)):
+            if value is None:
+                continue
+            seed = whole_number(value)
+            if seed is None or not 0 <= seed < 2**32:
+                raise self.error(
+                    f"{field} is {reprlib.repr(value)}, not one whole number from 0 to 2**32 - 1"
                 )
-            stage = read_stages(group, len(geometry), len(task.stages))
-            found = (rgb, proprio, actions, geometry, stage)
-            if not are_complete(found, len(task.arm.limit), image_size):
-                raise UserError(
-                    f"{path} episode {episode['episode_id']}: wrong shapes, or numbers that are "
-                    "not finite: record it again for this policy"
-                )
-            frames.append(found)
-    return frames
+            seeds.add(seed)
+        # The sizes of the objects depend on the seed.
+        if not seeds:
+            raise self.error("episode_seed is missing, and so is reset_kwargs.seed")
+        if len(seeds) == 2:
+            raise self.error("episode_seed and reset_kwargs.seed contradict each other")
+        return seeds.pop()
+
+    def check_control_mode(self, meta: dict) -> None:
+        """Refuses another control mode: the same numbers mean another motion there."""
+        mode = self.entry.get("control_mode")
+        needed = self.task.arm.control_mode
+        if not isinstance(mode, str):
+            raise self.error(f"control_mode is missing, and {self.env_id} needs {needed}")
+        if mode != needed:
+            advice = conversion_advice(self.path, mode, needed, self.entry, meta)
+            raise self.error(f"control_mode is {mode}, {self.env_id} needs {needed}: {advice}")
+
+    def labels(self, source_type: object = None) -> np.ndarray:
+        """The actions to learn, (T, A), as the controller executes them."""
+        arm = self.task.arm
+        shape = (self.T, len(arm.limit))
+        # The controller clips a large number, if it is finite.
+        largest = np.finfo(np.float32).max
+        labels = self.array("actions", shape, largest=largest)
+        # The labels are what was executed, except where the file has clean ones.
+        if "expert_actions" in self.arrays or source_type == "scripted":
+            labels = self.array("expert_actions", shape, largest=largest)
+        return executed(labels, arm)
+
+    def stages(self, source_type: object = None) -> np.ndarray:
+        """The stage of each step, (T,) int64; -1 where it is unknown.
+
+        Recorded states alone do not tell the stage, because they lack contact forces.
+        """
+        if "stage" not in self.arrays and source_type != "scripted":
+            return np.full(self.T, -1)
+        recorded = self.array("stage", (self.T,), WHOLE + FLOATS)
+        stage = recorded.astype(np.int64)
+        if (stage != recorded).any():
+            raise self.error("stage has numbers that are not whole")
+        # Some episodes begin in success. That is label K, and no stage.
+        stage[(stage < 0) | (stage >= len(self.task.stages))] = -1
+        return stage
+
+    def recorded_frames(self, image_size: int, source_type: object, success: bool | None) -> Frames:
+        """The frames of an episode that sft.py or a recorder like it made.
+
+        source_type: "scripted" is sft.py, which leaves no array out.
+        """
+        if success is None:
+            raise self.error("success is missing")
+        T = self.T
+        side = image_size
+        rgb = self.array("obs/sensor_data/base_camera/rgb", (T + 1, side, side, 3), PIXELS)
+        proprio = self.array("obs/proprio", (T + 1, 8))
+        geometry = self.array("geometry", (T, 8))
+        labels = self.labels(source_type)
+        # No action follows the last observation.
+        return rgb[:-1], proprio[:-1], labels, geometry, self.stages(source_type)
+
+    def states(self, widths: dict[str, int]) -> list[dict]:
+        """The T + 1 recorded states. widths: of `StageEnv.state_widths`."""
+        if not any(field.startswith("env_states") for field in self.arrays):
+            raise self.error(
+                "there are neither images of our camera (geometry) nor env_states: record it again "
+                "with sft.py or with ManiSkill's RecordEpisode"
+            )
+        if "env_states" in self.arrays:
+            raise self.error("env_states is one array, as ManiSkill 2 wrote it: use ManiSkill 3")
+        found = {field.removeprefix("env_states/") for field in self.arrays}
+        # The controller's state is no body's, and ManiSkill does not put it back.
+        found = {name for name in found if name.startswith(("actors/", "articulations/"))}
+        missing = sorted(widths.keys() - found)
+        extra = sorted(found - widths.keys())
+        robots = [name for name in [*extra, *missing] if name.startswith("articulations/")]
+        if len(robots) == 2:
+            raise self.error(f"env_states has {robots[0]}, and {self.env_id} has {robots[1]}")
+        if missing:
+            raise self.error(f"env_states/{missing[0]} is missing")
+        if extra:
+            raise self.error(f"env_states/{extra[0]} is not in {self.env_id}")
+        states = [{"actors": {}, "articulations": {}} for _ in range(self.T + 1)]
+        for name, width in widths.items():
+            rows = self.array(f"env_states/{name}", (self.T + 1, width))
+            # A body's row begins with its position and its quaternion.
+            if (np.abs(np.linalg.norm(rows[:, 3:7], axis=1) - 1) > 0.01).any():
+                raise self.error(f"env_states/{name} has quaternions whose length is not 1")
+            kind, body = name.split("/")
+            for state, row in zip(states, rows):
+                state[kind][body] = row
+        return states
 
 
-def successful_episodes(path: Path, env_id: str, num_demos: int) -> list[dict]:
-    """The first `num_demos` entries of the .json file that do not say that they failed."""
-    meta = json.loads(path.with_suffix(".json").read_text())
-    # Stages and cameras are this task's own, so another task's episodes are of no use.
-    if meta["env_info"]["env_id"] != env_id:
-        raise UserError(f"{path} holds {meta['env_info']['env_id']} demonstrations, not {env_id}")
-    episodes = [episode for episode in meta["episodes"] if episode.get("success", True)]
-    if not episodes[:num_demos]:
-        raise UserError(f"{path} holds no successful episode")
-    return episodes[:num_demos]
+def conversion_advice(path: Path, mode: str, needed: str, entry: dict, meta: dict) -> str:
+    """How to convert an episode to the control mode `needed`, or that nothing does."""
+    # ManiSkill's tool converts from positions of the Panda's joints alone. It breaks down on steps
+    # of the joints, and knows no other source.
+    if mode != "pd_joint_pos" or needed != PANDA.control_mode:
+        return f"ManiSkill's replay_trajectory cannot convert it, so record it again in {needed}"
+    if "env_kwargs" not in meta["env_info"] or "reset_kwargs" not in entry:
+        return "ManiSkill converts no file without env_info.env_kwargs and reset_kwargs"
+    # Conversion needs a CPU simulation, wherever the file was recorded.
+    command = "python -m mani_skill.trajectory.replay_trajectory --traj-path"
+    flags = f"-c {needed} -b physx_cpu -o none --save-traj"
+    return f"convert it with `{command} {shlex.quote(str(path))} {flags}`"
 
 
-def check_actions(path: Path, env_id: str, episode: dict, group: h5py.Group | dict) -> None:
-    """Raises UserError where an episode has no actions, or those of another control mode."""
-    if "actions" not in group:
-        raise UserError(
-            f"{path} has no actions for episode {episode['episode_id']}: it is not a ManiSkill "
-            "trajectory file"
-        )
-    # The same numbers mean another motion in another control mode.
-    mode = get_task(env_id).arm.control_mode
-    if episode.get("control_mode") != mode:
-        raise UserError(
-            f"{path} has control mode {episode.get('control_mode')}, {env_id} needs {mode}: "
-            "convert it with `python -m mani_skill.trajectory.replay_trajectory "
-            f"--traj-path {path} -c {mode} --save-traj`"
-        )
+def executed(actions: np.ndarray, arm: Arm) -> np.ndarray:
+    """What the controller makes of actions (T, A), in the same units.
+
+    The fingers' command is clipped to [-1, 1]. So are the Panda's translations. The Panda's turns
+    are shortened to the length 1. The WidowX's arm takes metres and radians as they are.
+    """
+    actions = actions.copy()
+    actions[:, 6:] = actions[:, 6:].clip(-1, 1)
+    if arm.control_mode != PANDA.control_mode:
+        return actions
+    actions[:, :3] = actions[:, :3].clip(-1, 1)
+    # The square of a large float32 would be infinite.
+    turn = actions[:, 3:6].astype(np.float64)
+    length = np.linalg.norm(turn, axis=1, keepdims=True)
+    actions[:, 3:6] = turn / np.maximum(length, 1)
+    return actions
 
 
-def read_observations(group: h5py.Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """rgb, proprioception and geometry of an episode that sft.py recorded."""
-    # No action follows the last observation.
-    rgb = group["obs/sensor_data/base_camera/rgb"][:-1]
-    proprio = group["obs/proprio"][:-1]
-    return rgb, proprio, group["geometry"][:]
+def is_ordinary(actions: Tensor, arm: Arm) -> Tensor:
+    """(M,) bool: which actions (M, A) an arm can follow. All others are faults of a recorder."""
+    # No arm moves by ten times the expert's largest step.
+    return (actions.abs() <= 10 * torch.tensor(arm.limit)).all(1)
 
 
-def look_at_states(
-    group: h5py.Group, simulator: StageEnv, T: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """rgb, proprioception and geometry of the first T states of an episode, by our camera."""
+def look_at_states(episode: Episode, simulator: StageEnv) -> Frames | None:
+    """The frames of an episode whose states are put back. None: its last state is no success."""
+    # The sizes of the objects belong to the episode, so its seed begins it.
+    seed = episode.seed()
+    states = episode.states(simulator.state_widths())
+    labels = episode.labels()
+    stages = episode.stages()
+    simulator.reset(seed)
+    if not simulator.succeeds(states[-1]):
+        return None
     # No action follows the last state, so that one is left out.
-    states = trajectory_utils.dict_to_list_of_dicts(group["env_states"])[:T]
-    seen = [simulator.observe_state(state) for state in states]
+    seen = [simulator.observe_state(state) for state in states[:-1]]
     rgb = np.concatenate([obs["rgb"] for obs in seen])
     proprio = np.concatenate([obs["proprio"] for obs in seen])
     geometry = np.concatenate([obs["geometry"] for obs in seen])
-    return rgb, proprio, geometry
+    return rgb, proprio, labels, geometry, stages
 
 
-def read_stages(group: h5py.Group, T: int, num_stages: int) -> np.ndarray:
-    """The stage of each of T steps, (T,) int64; -1 where it is unknown.
-
-    Recorded states alone do not tell the stage, because they lack contact forces.
-    """
-    if "stage" not in group:
-        return np.full(T, -1)
-    stage = group["stage"][:].astype(np.int64)
-    # Some episodes begin in success. That is label K, and no stage.
-    stage[(stage < 0) | (stage >= num_stages)] = -1
-    return stage
-
-
-def are_complete(frames: Frames, num_actions: int, image_size: int) -> bool:
-    """Whether an episode's arrays have the right shapes and finite numbers, and at least a step."""
-    rgb, proprio, actions, geometry, stage = frames
-    T = len(actions)
-    if T == 0 or rgb.dtype != np.uint8:
-        return False
-    if rgb.shape != (T, image_size, image_size, 3) or stage.shape != (T,):
-        return False
-    # One number that is not finite would spoil the whole training.
-    for array, width in ((proprio, 8), (actions, num_actions), (geometry, 8)):
-        if array.shape != (T, width) or not np.isfinite(array).all():
-            return False
-    return True
-
-
-def warn_of_long_episodes(env_id: str, lengths: list[int]) -> None:
+def warn_of_long_episodes(env_id: str, meta: dict, lengths: list[int]) -> None:
     """Prints a warning where more than a tenth of the episodes are longer than the task's."""
     # A policy that is as slow as they are would not finish in time.
     horizon = get_task(env_id).max_episode_steps
     num_late = sum(length > horizon for length in lengths)
+    advice = "record faster ones, because a policy learns their pace"
+    if meta.get("source_type") == "scripted":
+        advice = "make them with a higher --demo-speed"
     if num_late > 0.1 * len(lengths):
         print(
             f"warning: {num_late} of {len(lengths)} demonstrations of {env_id} take longer than "
-            f"its episodes of {horizon} steps: raise --demo-speed"
+            f"its episodes of {horizon} steps: {advice}"
         )

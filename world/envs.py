@@ -279,6 +279,28 @@ class StageEnv:
         obs["geometry"] = geometry(self.state)
         return obs
 
+    def state_widths(self) -> dict[str, int]:
+        """Numbers per row of each body in a recorded state, by name: {"actors/cube": 13, ...}."""
+        state = self.base.get_state_dict()
+        widths = {}
+        for kind in ("actors", "articulations"):
+            for name, row in state[kind].items():
+                widths[f"{kind}/{name}"] = row.shape[1]
+        return widths
+
+    def succeeds(self, state: dict) -> bool:
+        """Whether a recorded ManiSkill state (batch 1) is a success. It replaces the present one.
+
+        A state has no contact forces, so nothing counts as grasped.
+        """
+        self.base.set_state_dict(state)
+        # SimplerEnv asks for the force between two objects. Some steps of 2 ms bring it back.
+        for _ in range(5 if self.task.grid else 0):
+            if self.base.evaluate()["success"]:
+                return True
+            self.base.scene.step()
+        return bool(self.base.evaluate()["success"])
+
     def observation(self, obs: dict) -> State:
         """What the policy sees. obs: ManiSkill's observation of the present state."""
         opening = self.state["opening"][:, None]
