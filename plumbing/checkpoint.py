@@ -456,7 +456,7 @@ def numbers(field: str, given, length: int = 0, flags: bool = False) -> list:
 
 
 # ---- find and load -------------------------------------------------------------------------------
-def model_folder(name: str) -> Path:
+def model_folder(name: str | Path) -> Path:
     """The folder that holds a model.
 
     name: that folder, a run's folder, or a hub id `owner/name` where there is no folder `owner`.
@@ -464,7 +464,7 @@ def model_folder(name: str) -> Path:
     A folder that does not exist is returned as it is.
     """
     folder = Path(name)
-    if HUB_ID.fullmatch(name) and not folder.parent.exists():
+    if HUB_ID.fullmatch(str(name)) and not folder.parent.exists():
         wanted = ["*.json", "*.safetensors", "tokenizer.model"]
         # Parts of a model that is refused by their names must arrive as well.
         wanted += ["*head*", "*projector*", "*backbone*"]
