@@ -102,7 +102,8 @@ class Args:
     vla: str = ""
     """an OpenVLA instead of --checkpoint: its folder in the published layout, or its hub id"""
     unnorm_key: str = ""
-    """data set in the model's norm_stats whose action statistics to use, e.g. bridge_orig"""
+    """data set whose action statistics to use, e.g. bridge_orig: a key of norm_stats in config.json
+    or of dataset_statistics.json beside it"""
     env_id: str = "PickCube-v1"
     """task"""
     num_envs: int = 8

@@ -33,10 +33,10 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoProcessor
 
 import vla
 from plumbing import parallel
+from plumbing.strangers import check_files, load_processor, read_config
 from world.tasks import UserError
 
 Tensor = torch.Tensor
@@ -48,13 +48,6 @@ LONGEST_CHAIN = 9
 BLOCK_BYTES = 2**24
 # A name that may be one of the hub's: owner/name.
 HUB_ID = re.compile(r"[\w-]+/[\w.-]+")
-# Parts of a continuous action head beside a model, such as action_head--150000_checkpoint.pt.
-HEAD = re.compile("head|projector|backbone|diffusion|film", re.IGNORECASE)
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# The precisions of safetensors in which models are loaded.
-PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# No number of any statistics is larger.
-LARGEST_NUMBER = 1e6
 ADVICE = "give the folder that a script here wrote, an OpenVLA's, or its hub id"
 
 
@@ -235,18 +228,6 @@ def damage(folder: Path) -> str:
     return ", ".join(name for name in written if now.get(name) != written[name])
 
 
-# ---- a folder from a stranger --------------------------------------------------------------------
-def read_object(file: Path) -> dict:
-    """The object in a JSON file. Raises ValueError, which names the file, where there is none."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} is not a JSON object")
-    return content
-
-
 def check_folder(folder: Path, origin: str = "") -> None:
     """Raises ValueError where a folder cannot be loaded as a policy.
 
@@ -280,179 +261,6 @@ def missing_folder(folder: Path) -> str:
             "so start elsewhere to have the hub's model"
         )
     return f"no checkpoint at that place (no such folder, working directory {Path.cwd()}): {advice}"
-
-
-def check_files(folder: Path) -> None:
-    """Raises ValueError where a continuous head or an adapter stands beside the model."""
-    for file in sorted(folder.iterdir()):
-        name = file.name
-        weights = file.suffix in (".safetensors", *PICKLES)
-        # The heads of these scripts and value functions give no actions.
-        if weights and HEAD.search(name) and "value" not in name and name != "heads.safetensors":
-            raise ValueError(
-                f"{name} belongs to a model with a continuous action head (OpenVLA-OFT), "
-                "these scripts read models whose actions are tokens"
-            )
-        if name.startswith("adapter_"):
-            raise ValueError(
-                f"{name} belongs to a LoRA adapter: merge it with peft, PeftModel.from_pretrained("
-                "BASE, ADAPTER).merge_and_unload().save_pretrained(NEW), see docs/platforms.md; "
-                "if the model beside it is merged, remove the adapter_* files"
-            )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files from which a model's weights are read.
-
-    Raises ValueError where there are none, because no pickle is opened here.
-    """
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
-        if pickled:
-            raise ValueError(
-                f"{pickled[0]} is a pickle, which can run code, so it is not opened: write "
-                "model.safetensors with safetensors.torch.save_file, see docs/platforms.md"
-            )
-        raise ValueError("model.safetensors is missing: copy all model*.safetensors again")
-    content = read_object(index)
-    for name in ("metadata", "weight_map"):
-        if not isinstance(content.get(name), dict):
-            raise ValueError(f"{index.name}: {name} is missing or no object: copy it again")
-    files = []
-    for name in sorted({str(name) for name in content["weight_map"].values()}):
-        # A name with a slash would lead out of the folder.
-        if "/" in name or not (folder / name).is_file():
-            raise ValueError(f"{name!r:.80} of {index.name} is missing: copy it again")
-        files.append(folder / name)
-    return files
-
-
-def read_shapes(folder: Path) -> tuple[dict[str, list[int]], dict[str, torch.dtype]]:
-    """Shape and precision of each weight in a folder, by its name.
-
-    Only the headers of the files are read. Raises ValueError where a file is damaged or quantised.
-    """
-    shapes = {}
-    precisions = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():
-                    weight = tensors.get_slice(name)
-                    shapes[name] = list(weight.get_shape())
-                    precisions[name] = weight.get_dtype()
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file.name} is damaged: {error}") from None
-    for name, precision in precisions.items():
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"{name} has numbers of type {precision}, not {', '.join(PRECISIONS)}: "
-                "these scripts read no quantised models"
-            )
-        precisions[name] = PRECISIONS[precision]
-    return shapes, precisions
-
-
-def read_config(folder: Path) -> tuple[vla.OpenVLAConfig, torch.dtype]:
-    """The configuration of the model in a folder, and the precision of its weights.
-
-    Raises ValueError, which names the field, where a file says what cannot be.
-    """
-    fields = read_object(folder / "config.json")
-    kind = fields.get("model_type")
-    if kind != "openvla":
-        raise ValueError(
-            f"config.json: model_type is {kind!r:.40}; these scripts train 'openvla' (see vla.py)"
-        )
-    shapes, precisions = read_shapes(folder)
-    config = vla.read_config(fields, shapes)
-    config.norm_stats = read_statistics(folder, fields, config.proprio_dim)
-    return config, precisions["language_model.lm_head.weight"]
-
-
-def read_statistics(folder: Path, fields: dict, proprio_dim: int) -> dict:
-    """`norm_stats` of config.json (`fields`) and those of dataset_statistics.json beside it.
-
-    Raises ValueError, which names the field, where they are no statistics.
-    """
-    norm_stats = fields.get("norm_stats")
-    sources = {"config.json: norm_stats": {} if norm_stats is None else norm_stats}
-    beside = folder / "dataset_statistics.json"
-    # Fine-tuning writes this file and leaves the base model's statistics in config.json.
-    # Of two entries with one name it counts, as in OpenVLA's own evaluation.
-    if beside.is_file():
-        sources["dataset_statistics.json: "] = read_object(beside)
-    known = {}
-    for source, content in sources.items():
-        if not isinstance(content, dict):
-            raise ValueError(f"{source} is {content!r:.40}, not an object")
-        for name, stats in content.items():
-            known[name] = check_statistics(f"{source}[{name!r:.80}]", stats, proprio_dim)
-    return known
-
-
-def check_statistics(field: str, stats, proprio_dim: int) -> dict:
-    """One entry of `norm_stats`, with a mask of bools. field: its name in messages.
-
-    Raises ValueError where a list is missing, or not of finite numbers, or of another length, or
-    where q01 is above q99. Of proprioception only what the model reads is checked.
-    """
-    action = part(field, stats, "action")
-    field_of = "{}['action']['{}']".format
-    for name in ("q01", "q99"):
-        if name not in action:
-            raise ValueError(
-                f"{field_of(field, name)} is missing: the policy's tokens are fractions "
-                "of the range q01 to q99, which min and max do not replace"
-            )
-    q01 = numbers(field_of(field, "q01"), action.get("q01"))
-    q99 = numbers(field_of(field, "q99"), action.get("q99"), len(q01))
-    for i, (low, high) in enumerate(zip(q01, q99)):
-        if low > high:
-            raise ValueError(f"{field_of(field, 'q01')}[{i}] is {low}, above q99, which is {high}")
-    flags = {"mask": [True] * len(q01)}
-    for name in ("mask", "binary"):
-        if action.get(name) is not None:
-            given = numbers(field_of(field, name), action[name], len(q01), flags=True)
-            flags[name] = [bool(flag) for flag in given]
-    if any(flags.get("binary", [])[:-1]):
-        raise ValueError(f"{field_of(field, 'binary')} is true for more than the gripper, the last")
-    rest = {name: value for name, value in action.items() if name != "binary"}
-    checked = {**stats, "action": {**rest, **flags}}
-    if proprio_dim:
-        proprio = part(field, stats, "proprio")
-        numbers(f"{field}['proprio']['mean']", proprio.get("mean"), proprio_dim)
-        std = numbers(f"{field}['proprio']['std']", proprio.get("std"), proprio_dim)
-        if min(std) <= 0:
-            raise ValueError(f"{field}['proprio']['std'] has {min(std)}, which cannot divide")
-    return checked
-
-
-def part(field: str, stats, name: str) -> dict:
-    """The object `name` of statistics."""
-    inside = stats.get(name) if isinstance(stats, dict) else None
-    if not isinstance(inside, dict):
-        raise ValueError(f"{field}['{name}'] is missing or no object")
-    return inside
-
-
-def numbers(field: str, given, length: int = 0, flags: bool = False) -> list:
-    """A list of finite numbers, or of true and false. length: as many there must be, if not 0."""
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"{field} is {given!r:.40}, not a list of numbers")
-    kinds = (bool, int, float) if flags else (int, float)
-    for i, number in enumerate(given):
-        # The comparison is false for NaN.
-        if type(number) not in kinds or not abs(number) <= LARGEST_NUMBER:
-            raise ValueError(f"{field}[{i}] is {number!r:.40}, not a finite number")
-        if flags and number not in (0, 1):
-            raise ValueError(f"{field}[{i}] is {number!r:.40}, neither true nor false")
-    if length and len(given) != length:
-        raise ValueError(f"{field} has {len(given)} numbers, not {length}")
-    return given
 
 
 # ---- find and load -------------------------------------------------------------------------------
@@ -542,43 +350,6 @@ def load_policy(
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from None
     return model, processor, folder
-
-
-def load_processor(folder: Path, config: vla.OpenVLAConfig) -> vla.PrismaticProcessor:
-    """The processor in a folder. Raises ValueError where it is not one for this model."""
-    try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        images = processor.image_processor
-        towers = len(images.means)
-        normalised = torch.tensor([images.means, images.stds]).isfinite().all()
-        normalised = normalised and min(map(min, images.stds)) > 0
-        tokens = [processor.tokenizer.bos_token_id, processor.tokenizer.pad_token_id]
-        largest = max(*tokens, *processor.tokenizer.get_vocab().values())
-    # Each library that reads these files raises errors of its own.
-    except Exception:
-        raise ValueError(
-            "the processor's files are missing or damaged (preprocessor_config.json or "
-            "processor_config.json, tokenizer.json, tokenizer_config.json): copy them again"
-        ) from None
-    size = config.image_sizes[0]
-    expected = {
-        "input_sizes": [[3, size, size]] * (1 if config.vision_widths else 2),
-        "image_resize_strategy": "resize-naive",
-        "tvf_do_letterbox": False,
-    }
-    for name, value in expected.items():
-        found = getattr(images, name, value)
-        if found != value:
-            raise ValueError(
-                f"the processor's {name} is {found!r:.60}, but the model takes {value!r}"
-            )
-    if towers != len(expected["input_sizes"]) or not normalised:
-        raise ValueError("the processor's means and stds are not those of the model's towers")
-    if largest >= config.text_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has token {largest}, which is not in the model's vocabulary"
-        )
-    return processor
 
 
 def load_separator(
