@@ -36,6 +36,7 @@ from plumbing.checkpoint import (
     command_line,
     load_policy,
     load_separator,
+    read_settings,
     task_stats,
 )
 from plumbing.report import (
@@ -501,12 +502,12 @@ def report(output: Path, suffix: str, result: dict, trained: dict, films: list) 
     results = output / f"results{suffix}.json"
     summary = output / f"summary{suffix}.md"
     video = output / f"video{suffix}.mp4"
+    # The numbers come first, because the disk may fill up, or nobody may read what is printed.
+    write_text(results, json.dumps(result))
     table = result_table([result])
     print(table)
     if "separator" in result:
         print(separator_line(result["separator"]))
-    # The numbers come first, because the disk may fill up.
-    write_text(results, json.dumps(result))
     write_summary(output, f"results{suffix}", result, trained, table)
     line = f"wrote {results}, {summary}"
     if films and write_if_possible(video, write_video, films):
@@ -540,8 +541,7 @@ def main(args: Args) -> None:
         check_task(model, processor, env_id, args.unnorm_key, words, args.ood, args.full_meshes)
         texts[env_id] = words
     # A published OpenVLA has no args.json.
-    settings = folder / "args.json"
-    trained = dict(json.loads(settings.read_text())) if settings.exists() else {}
+    trained = read_settings(folder) if (folder / "args.json").exists() else {}
 
     # ---- evaluate ----
     run = folder.parent if folder.name == "checkpoint" else folder

@@ -208,7 +208,9 @@ def demo_paths(text: str) -> list[Path]:
         elif start:
             start += ","
     if start:
-        return [Path(part) for part in text.split(",") if part]
+        paths = [Path(part) for part in text.split(",") if part]
+    if text and not paths:
+        raise UserError(f"--demo-path {text!r} names no file")
     return paths
 
 
@@ -267,8 +269,6 @@ def action_stats(actions: torch.Tensor, env_id: str) -> dict:
     arm = TASKS[env_id].arm
     # One fault of a recorder would cost all other frames their resolution.
     ordinary = actions[is_ordinary(actions, arm)]
-    if not len(ordinary):
-        raise UserError(f"{env_id}: no action of the demonstrations is one that its arm can follow")
     low = ordinary.amin(0)
     high = ordinary.amax(0)
     # The range is the same to both sides, so that the middle bin is rest.
@@ -307,11 +307,27 @@ def add_statistics(model, ids: list[str], demos: list) -> list[dict]:
     all_stats = []
     for env_id, demo in zip(ids, demos):
         stats = known.get(env_id)
-        if not stats:
+        if stats:
+            warn_of_other_range(env_id, demo[2], stats["action"], model.config.n_action_bins)
+        else:
             stats = {"action": action_stats(demo[2], env_id), "proprio": proprio_stats}
         all_stats.append(stats)
     model.config.norm_stats = {**known, **dict(zip(ids, all_stats))}
     return all_stats
+
+
+def warn_of_other_range(env_id: str, actions: torch.Tensor, stats: dict, n_bins: int) -> None:
+    """Prints a warning where the policy's bins do not reach the actions (M, A) to learn."""
+    # A constant dimension has one value, and a number out of range has the last bin.
+    bins = vla.tokenize_actions(actions, stats, n_bins)
+    width = (torch.tensor(stats["q99"]) - torch.tensor(stats["q01"])) / (n_bins - 1)
+    missed = (vla.detokenize_actions(bins, stats, n_bins) - actions).abs() > width + 1e-3
+    share = missed.any(1).float().mean()
+    if share > 0.01:
+        print(
+            f"warning: {100 * share:.0f} % of the actions are beyond what this policy can do in "
+            f"{env_id}, because it keeps the range of its first demonstrations: begin without --vla"
+        )
 
 
 def flatten(demos: list, all_stats: list[dict], n_bins: int) -> Frames:

@@ -17,6 +17,7 @@ of the ViT's parameters. The code is our own.
 
 import contextlib
 import functools
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -732,7 +733,11 @@ def weights_unlike_files(model: nn.Module, folder: Path) -> set[str]:
     """Names of the model's weights that differ from those in the folder's files."""
     unlike = set()
     weights = model.state_dict()
-    for file in folder.glob("model*.safetensors"):
+    names = ["model.safetensors"]
+    if not (folder / "model.safetensors").exists():
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        names = sorted(set(index["weight_map"].values()))
+    for file in [folder / name for name in names]:
         with safe_open(file, "pt") as tensors:
             for name in weights.keys() & set(tensors.keys()):
                 weight = weights[name].cpu()

@@ -91,8 +91,24 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
     """The newest checkpoint in runs/ of the first of `scripts` that was run on this env.
 
     If there is none, the one that the repository ships. It prints which it takes, and which it
-    passes over. All processes of a job get that of rank 0. Raises UserError where there is none.
+    passes over. Rank 0 searches for all processes of a job. Raises UserError where there is none.
     """
+    found = None
+    if parallel.rank() == 0:
+        found = search_runs(env_id, scripts)
+    taken, passed_over = parallel.from_rank_0(found)
+    others = f"; passed over: {', '.join(passed_over)}" if passed_over else ""
+    if not Path(taken).is_dir():
+        raise UserError(
+            f"no checkpoint for {env_id}: run `python sft.py --env-id {env_id}` first, "
+            f"or give --checkpoint{others}"
+        )
+    print(f"no --checkpoint given, so this run starts from {taken}{others}")
+    return taken
+
+
+def search_runs(env_id: str, scripts: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The checkpoint to take, see `find_checkpoint`, and the runs that are passed over."""
     found = []
     passed_over = []
     # A run that died while it saved may have a checkpoint.old alone.
@@ -103,21 +119,12 @@ def find_checkpoint(env_id: str, scripts: tuple[str, ...]) -> str:
             found.append((scripts.index(script), -saved_at(run), run))
         elif not script:
             passed_over.append(f"{run} (no args.json that names its script and task)")
-    taken = ROOT / "checkpoints" / f"{env_id}__sft"
     for *_, run in sorted(found):
         reason = unusable(run)
         if not reason:
-            taken = run / "checkpoint"
-            break
+            return str(run / "checkpoint"), passed_over
         passed_over.append(f"{run} ({reason})")
-    others = f"; passed over: {', '.join(passed_over)}" if passed_over else ""
-    if not taken.is_dir():
-        raise UserError(
-            f"no checkpoint for {env_id}: run `python sft.py --env-id {env_id}` first, "
-            f"or give --checkpoint{others}"
-        )
-    print(f"no --checkpoint given, so this run starts from {taken}{others}")
-    return parallel.from_rank_0(str(taken))
+    return str(ROOT / "checkpoints" / f"{env_id}__sft"), passed_over
 
 
 def made_by(run: Path) -> tuple[str, list[str]]:

@@ -19,7 +19,7 @@ from world.tasks import UserError
 
 HEARTBEAT = 30  # seconds between two lines of a process that waits
 # The environment variables by which a launcher tells a process its place in a job.
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -30,15 +30,17 @@ def read_place() -> tuple[int, int, int]:
     Without a launcher they are 0, 1 and 0. Raises UserError where its variables do not fit.
     """
     given = {name: os.environ[name] for name in PLACE + ADDRESS if name in os.environ}
-    place = [given.get(name, default) for name, default in zip(PLACE, "010")]
+    place = [given.get(name, default) for name, default in zip(PLACE, "0101")]
     if not all(text.isascii() and text.isdecimal() for text in place):
-        raise launcher_error(given, "RANK, WORLD_SIZE and LOCAL_RANK are whole numbers")
-    rank, world_size, local_rank = map(int, place)
+        raise launcher_error(given, f"{', '.join(PLACE)} are whole numbers")
+    rank, world_size, local_rank, local_size = map(int, place)
     if not local_rank <= rank < world_size:
         raise launcher_error(given, "LOCAL_RANK <= RANK < WORLD_SIZE does not hold")
+    if not 1 <= local_size <= world_size:
+        raise launcher_error(given, "1 <= LOCAL_WORLD_SIZE <= WORLD_SIZE does not hold")
     if world_size == 1:
         return rank, world_size, local_rank
-    missing = [name for name in ("RANK", *ADDRESS) if not given.get(name)]
+    missing = [name for name in ("RANK", "LOCAL_RANK", *ADDRESS) if not given.get(name)]
     if missing:
         raise launcher_error(given, f"{' and '.join(missing)} not set")
     port = given["MASTER_PORT"]

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -253,7 +254,11 @@ def read_results(path: str) -> dict:
         result = json.loads(Path(path).read_text())
         complete = RESULT_KEYS <= result.keys()
         complete &= all(ROW_KEYS <= row.keys() for row in result["episodes"])
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        if complete:
+            # It raises an error where numbers are missing.
+            result_table([result])
+    # A file may hold anything.
+    except Exception:
         complete = False
     if not complete:
         raise UserError(
@@ -288,15 +293,12 @@ def check_writable(folder: Path) -> None:
 
     Raises UserError where that fails.
     """
-    probe = folder / "probe.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A full disk still takes an empty file.
-        probe.write_bytes(bytes(PROBE_BYTES))
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(PROBE_BYTES))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            probe.unlink()
         raise UserError(
             f"cannot write to {folder} ({error.strerror}): give another --output-dir"
         ) from None

@@ -133,7 +133,8 @@ def one_line_errors():
         yield
     except KeyboardInterrupt:
         # A second signal ends the script here.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         # Killing env processes is quicker than asking them to end and waiting.
         for process in multiprocessing.active_children():
             process.kill()

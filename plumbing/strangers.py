@@ -97,7 +97,10 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{pickled[0]} is a pickle, which can run code, so it is not opened: write "
                 "model.safetensors with safetensors.torch.save_file, see docs/platforms.md"
             )
-        raise ValueError("model.safetensors is missing: copy all model*.safetensors again")
+        raise ValueError(
+            "model.safetensors is missing: copy all model*.safetensors again "
+            "(no .bin is read, see docs/platforms.md)"
+        )
     content = read_object(index)
     for name in ("metadata", "weight_map"):
         if not isinstance(content.get(name), dict):

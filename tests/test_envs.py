@@ -484,8 +484,9 @@ def test_a_gpu_draws_into_the_memory_of_the_env_process(local_rank, monkeypatch)
     monkeypatch.setattr(sapien, "Device", device)
     monkeypatch.setattr(world.envs, "scene_class", lambda *args: ask)
     expected = "cuda"
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     if local_rank:
+        monkeypatch.setenv("WORLD_SIZE", "8")
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         expected = f"cuda:{local_rank}"
     # There is no env for the TimeLimitWrapper.

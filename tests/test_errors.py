@@ -316,7 +316,15 @@ def test_results_that_cannot_be_compared(tmp_path, refuses):
         file.write_text(json.dumps({**row, "episodes": episodes}))
     refuses("eval", "share fewer than two seeds", "--compare", a, b)
     refuses("eval", "cannot read", "--compare", a, tmp_path / "nowhere.json")
-    for text in ("{}", json.dumps({**row, "episodes": [{"success_once": False}]})):
+    spoilt = [
+        {"episodes": [{"success_once": False}]},
+        {"episodes": []},
+        {"episodes": [{"seed": 0, "success_once": False}], "success_once": None},
+        # This task's rows also have a tilt.
+        {"episodes": [{"seed": 0, "success_once": True}], "env_id": "LiftPegUpright-v1"},
+        {"episodes": [{"seed": 0, "success_once": False}], "env_id": "NoTask-v0"},
+    ]
+    for text in ("{}", "[]", *(json.dumps({**row, **change}) for change in spoilt)):
         a.write_text(text)
         refuses("eval", "cannot read", "--compare", a, b)
 

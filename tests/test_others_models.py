@@ -452,6 +452,25 @@ def test_fields_that_other_versions_write_change_nothing(good):
 
 
 # ---- weights ----
+def test_weights_in_files_of_any_name_are_looked_at(folder):
+    """The index names them. A shard that it does not name is no part of the model."""
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    old = content["weight_map"]["projector.fc1.weight"]
+    weights = load_file(folder / old)
+    (folder / old).rename(folder / "part-1.safetensors")
+    for name, file in content["weight_map"].items():
+        content["weight_map"][name] = "part-1.safetensors" if file == old else file
+    index.write_text(json.dumps(content))
+    load_policy(str(folder), CPU)
+    weights["projector.fc1.weight"][0, 0] = torch.nan
+    # It has the name that the shard had.
+    save_file(weights, folder / old, metadata={"format": "pt"})
+    load_policy(str(folder), CPU)
+    save_file(weights, folder / "part-1.safetensors", metadata={"format": "pt"})
+    assert "projector.fc1.weight in part-1.safetensors holds NaN" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

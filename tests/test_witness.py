@@ -313,6 +313,18 @@ def test_success_said_in_the_h5_file_alone_counts(own_file, own, tmp_path):
     assert len(read_demos(path, ENV_ID, 9)[0]) == steps
 
 
+@pytest.mark.parametrize("kind", ["O", "S5"])
+def test_success_as_strings_of_the_h5_file_counts(kind, own_file, own, tmp_path):
+    path = copy(own_file, tmp_path, entry=lambda row: row.pop("success"))
+    with h5py.File(path, "a") as file:
+        for name, word in (("traj_0", "False"), ("traj_1", "True")):
+            rows = len(file[name]["actions"])
+            del file[name]["success"]
+            file[name]["success"] = np.array([word] * rows, dtype=kind)
+        steps = len(file["traj_1/actions"])
+    assert len(read_demos(path, ENV_ID, 9)[0]) == steps
+
+
 def test_success_said_nowhere_is_seen_in_the_last_state(states_file, states, own_file, tmp_path):
     def silent(good):
         return copy(
@@ -458,7 +470,7 @@ def test_labels_are_what_the_widowxs_controller_executes(env_id):
     env.close()
 
 
-@pytest.mark.parametrize("glitch", [1e6, -1e6, 12.0, 3e38])
+@pytest.mark.parametrize("glitch", [1e6, -1e6, 12.0, 3e38, 0.7])
 @pytest.mark.parametrize("env_id", [ENV_ID, PUT_CARROT])
 def test_one_glitch_costs_no_other_frame_its_resolution(env_id, glitch, tmp_path, capsys):
     """An ordinary frame decodes to within half a bin of what the controller executes."""
@@ -538,6 +550,42 @@ def test_what_maniskill_s_tool_cannot_read_is_not_sent_to_it(own_file, tmp_path)
     assert "env_info.env_kwargs" in refusal(path)
     path = write_demos(tmp_path / "b.h5", PUT_CARROT, "pd_joint_pos")
     assert "cannot convert it" in refusal(path, PUT_CARROT)
+
+
+def test_a_file_of_another_pace_is_refused(states_file, tmp_path):
+    def slow(freq):
+        return lambda meta: meta["env_info"].update(
+            env_kwargs={"sim_config": {"control_freq": freq}}
+        )
+
+    assert "control_freq is 10, and the env has 20" in refusal(
+        copy(states_file, tmp_path, meta=slow(10))
+    )
+    read_demos(copy(states_file, tmp_path, meta=slow(20)), ENV_ID, 9)
+
+
+@pytest.mark.parametrize("label", [-2, 5])
+def test_a_stage_that_the_task_has_not_is_refused(label, own_file, tmp_path):
+    def spoil(group):
+        group["stage"][1] = label
+
+    assert "stage has labels beyond" in refusal(copy(own_file, tmp_path, group=spoil))
+
+
+def test_a_policy_that_cannot_do_what_the_demonstrations_show_is_warned_of(capsys):
+    known = {"q01": [-1.0] * 3 + [0.0] + [-1.0] * 3, "q99": [1.0] * 3 + [0.0] + [1.0] * 3}
+    actions = torch.zeros(100, 7)
+    sft.warn_of_other_range(ENV_ID, actions, known, 256)
+    assert capsys.readouterr().out == ""
+    # It never turned about x, and these do.
+    actions[:5, 3] = 0.5
+    sft.warn_of_other_range(ENV_ID, actions, known, 256)
+    assert "warning: 5 % of the actions are beyond" in capsys.readouterr().out
+
+
+def test_a_demo_path_that_names_nothing_is_refused():
+    with pytest.raises(UserError, match="names no file"):
+        sft.demo_paths(",")
 
 
 def test_a_path_may_have_commas(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import pwd
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import imageio
@@ -51,9 +52,9 @@ def test_a_file_in_the_folders_place_is_named(tmp_path):
         report.check_writable(place)
 
 
-def test_a_full_disk_is_found_before_the_first_episode(tmp_path):
-    # /dev/full takes no byte. A folder cannot be there, so the probe is a link to it.
-    (tmp_path / "probe.tmp").symlink_to("/dev/full")
+def test_a_full_disk_is_found_before_the_first_episode(tmp_path, monkeypatch):
+    # /dev/full takes no byte.
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
     with pytest.raises(UserError, match="No space left on device"):
         report.check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []

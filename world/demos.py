@@ -56,7 +56,7 @@ def open_h5(path: Path, mode: str = "r") -> h5py.File:
         reason = str(error).splitlines()[0]
     if "unable to lock" in reason:
         # Linux gives this number where another process holds the lock.
-        if "errno = 11" in reason:
+        if "errno = 11," in reason:
             reason = "another process has it open"
         else:
             reason = "its file system has no locks: set HDF5_USE_FILE_LOCKING=FALSE"
@@ -346,8 +346,8 @@ def read_demos(
     glitches = (~is_ordinary(parts[2], get_task(env_id).arm)).sum()
     if glitches:
         print(
-            f"warning: {glitches} actions of {path} are more than ten times the expert's largest "
-            "step: their labels are the largest of the other actions"
+            f"warning: {glitches} actions of {path} are more than twice as large as the expert's "
+            "largest and as nine of ten others: their labels are cut to the range of the others"
         )
     return tuple(parts)
 
@@ -382,6 +382,7 @@ def read_episodes(
             # One simulator serves all episodes.
             if simulator is None:
                 simulator = StageEnv(env_id, 1, "cpu", 0, image_size=image_size)
+                check_pace(path, meta, simulator.base.control_freq)
             found = look_at_states(episode, simulator)
             # The last state alone tells whether an episode of which nothing is said succeeded.
             lost += found is None and success is True
@@ -396,9 +397,9 @@ def read_episodes(
 def judge_losses(path: Path, lost: int, num_read: int) -> None:
     """Says how many episodes did not come back. Raises UserError where they are too many."""
     why = "their last state, put back after a reset with their seed, is no success"
-    # Contact forces are recorded nowhere, so a borderline episode may be lost. More than a tenth
-    # means other objects, other seeds or shifted rows.
-    if lost > 0.1 * (lost + num_read):
+    # Contact forces are recorded nowhere, so a borderline episode may be lost. More than one, and
+    # more than a tenth, mean other objects, other seeds or shifted rows.
+    if lost and lost > max(0.1 * (lost + num_read), min(1, num_read)):
         raise UserError(
             f"{path}: {lost} of {lost + num_read} successful episodes do not come back: {why}. "
             "The file is of another env or version, or its rows or seeds are wrong"
@@ -417,7 +418,7 @@ def read_meta(path: Path, env_id: str) -> dict:
     Raises UserError that names the field which does not.
     """
     if not os.path.isfile(path):
-        raise UserError(f"cannot read {path}: there is no such file")
+        raise UserError(f"cannot read {path}: there is no file of that name")
     file = path.with_suffix(".json")
     try:
         meta = json.loads(file.read_text())
@@ -446,6 +447,19 @@ def read_meta(path: Path, env_id: str) -> dict:
     return meta
 
 
+def check_pace(path: Path, meta: dict, control_freq: int) -> None:
+    """Raises UserError where the file was recorded with other steps per second than the env's."""
+    found = meta["env_info"]
+    for field in ("env_kwargs", "sim_config", "control_freq"):
+        found = found.get(field) if isinstance(found, dict) else None
+    # The same numbers mean another speed there.
+    if found is not None and found != control_freq:
+        raise UserError(
+            f"{path}: env_info.env_kwargs.sim_config.control_freq is {reprlib.repr(found)}, and "
+            f"the env has {control_freq} steps per second: record it again"
+        )
+
+
 @contextlib.contextmanager
 def damage_in_one_line(path: Path) -> Iterator[None]:
     """Raises UserError in place of what h5py raises where it meets damaged bytes."""
@@ -460,8 +474,9 @@ def damage_in_one_line(path: Path) -> Iterator[None]:
         IndexError,
         RuntimeError,
         MemoryError,
-    ):
-        raise UserError(f"cannot read {path}: its bytes are damaged") from None
+    ) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"cannot read {path}: its bytes are damaged ({reason})") from None
 
 
 def read_arrays(path: Path, name: str) -> dict[str, np.ndarray]:
@@ -490,7 +505,9 @@ def truth(value: object) -> bool | None:
     """What a file means by a truth value, also in a list of one. None: an unknown form."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return TRUTH.get(str(value).lower())
+    # h5py reads strings as bytes.
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return TRUTH.get(text.lower())
 
 
 def whole_number(value: object) -> int | None:
@@ -566,7 +583,8 @@ class Episode:
             rows = self.arrays["success"]
             if len(np.atleast_1d(rows)) != self.T:
                 raise self.error(f"success of the .h5 file has not {self.T} rows")
-            said["success of the .h5 file"] = np.atleast_1d(rows)[-1].tolist()
+            last = np.atleast_1d(rows)[-1]
+            said["success of the .h5 file"] = last.tolist() if hasattr(last, "tolist") else last
         for field, value in said.items():
             if truth(value) is None:
                 raise self.error(f"{field} is {reprlib.repr(value)}, neither true nor false")
@@ -634,8 +652,11 @@ class Episode:
         stage = recorded.astype(np.int64)
         if (stage != recorded).any():
             raise self.error("stage has numbers that are not whole")
+        K = len(self.task.stages)
+        if (stage < -1).any() or (stage > K).any():
+            raise self.error(f"stage has labels beyond -1 (unknown) to {K} (success)")
         # Some episodes begin in success. That is label K, and no stage.
-        stage[(stage < 0) | (stage >= len(self.task.stages))] = -1
+        stage[stage == K] = -1
         return stage
 
     def recorded_frames(self, image_size: int, source_type: object, success: bool | None) -> Frames:
@@ -668,9 +689,10 @@ class Episode:
         found = {name for name in found if name.startswith(("actors/", "articulations/"))}
         missing = sorted(widths.keys() - found)
         extra = sorted(found - widths.keys())
-        robots = [name for name in [*extra, *missing] if name.startswith("articulations/")]
-        if len(robots) == 2:
-            raise self.error(f"env_states has {robots[0]}, and {self.env_id} has {robots[1]}")
+        robots = [name for name in extra if name.startswith("articulations/")]
+        own_robots = [name for name in missing if name.startswith("articulations/")]
+        if robots and own_robots:
+            raise self.error(f"env_states has {robots[0]}, and {self.env_id} has {own_robots[0]}")
         if missing:
             raise self.error(f"env_states/{missing[0]} is missing")
         if extra:
@@ -695,6 +717,8 @@ def conversion_advice(path: Path, mode: str, needed: str, entry: dict, meta: dic
         return f"ManiSkill's replay_trajectory cannot convert it, so record it again in {needed}"
     if "env_kwargs" not in meta["env_info"] or "reset_kwargs" not in entry:
         return "ManiSkill converts no file without env_info.env_kwargs and reset_kwargs"
+    if path.suffix != ".h5" or type(entry.get("episode_seed")) is not int:
+        return "ManiSkill converts only .h5 files whose episode_seed are numbers"
     # Conversion needs a CPU simulation, wherever the file was recorded.
     command = "python -m mani_skill.trajectory.replay_trajectory --traj-path"
     flags = f"-c {needed} -b physx_cpu -o none --save-traj"
@@ -721,8 +745,9 @@ def executed(actions: np.ndarray, arm: Arm) -> np.ndarray:
 
 def is_ordinary(actions: Tensor, arm: Arm) -> Tensor:
     """(M,) bool: which actions (M, A) an arm can follow. All others are faults of a recorder."""
-    # No arm moves by ten times the expert's largest step.
-    return (actions.abs() <= 10 * torch.tensor(arm.limit)).all(1)
+    # The expert, or nine of ten of these actions, stay below half of what is ordinary.
+    usual = torch.maximum(torch.tensor(arm.limit), actions.abs().quantile(0.9, 0))
+    return (actions.abs() <= 2 * usual).all(1)
 
 
 def look_at_states(episode: Episode, simulator: StageEnv) -> Frames | None:

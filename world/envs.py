@@ -63,9 +63,9 @@ def simulator_options(
 ) -> dict:
     """Arguments of ManiSkill's env class. light: spare the renderer what no policy needs."""
     device = ""
-    if "LOCAL_RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         # Each process of a torchrun job has a GPU of its own.
-        device = f":{os.environ['LOCAL_RANK']}"
+        device = f":{os.environ.get('LOCAL_RANK', 0)}"
     options = {
         "sim_backend": f"physx_{backend}",
         "reward_mode": "none",
