@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# ./ipi.sh with its wall-clock time. From an empty clone on two CPU cores it gives the first
-# training seed of PickCube-v1's budget "ipi" in docs/tables.md. A stopped script goes on where it
-# was. The log is committed as reference_output/cpu_ipi.txt.
+# ./ipi.sh with its wall-clock time, from an empty clone on two CPU cores. A stopped script goes on
+# where it was. The log is committed as reference_output/cpu_ipi.txt. PickCube-v1's budget "ipi" in
+# docs/tables.md was made by the same script at an earlier commit (LOG.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p reference_output
