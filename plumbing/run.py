@@ -143,7 +143,14 @@ def one_line_errors():
         saved = "the last update is saved, " if Stop.leaving else ""
         line = f"stopped; {saved}{STOPPED}"
         code = 128 + number
-    except (UserError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
+    except (
+        UserError,
+        OSError,
+        RuntimeError,
+        MemoryError,
+        SafetensorError,
+        UnicodeEncodeError,
+    ) as error:
         reason = explain(error)
         if not reason:
             raise
@@ -183,6 +190,8 @@ def explain(error: Exception) -> str:
                 "another process of this job died, its own lines say why: give the command again, "
                 "with --resume and the job's --output-dir"
             )
+    if isinstance(error, UnicodeEncodeError):
+        return "a name has letters that this locale cannot write: set LC_ALL=C.UTF-8"
     # Readers catch these errors themselves, so here they come from writing.
     if isinstance(error, (SafetensorError, shutil.Error)):
         return f"cannot use the disk: {line}"

@@ -147,8 +147,9 @@ def test_demonstrations_that_move_further_than_the_expert_are_not_clipped():
     env_id = "PutCarrotOnPlateInScene-v1"
     actions = 0.01 * torch.randn(16, 7, generator=torch.Generator().manual_seed(0))
     actions[0, 0] = 0.1
-    actions[1, 1] = -0.2
+    # Twice the expert's largest step is ordinary, and more where several actions need it.
+    actions[1:4, 1] = -0.2
     stats = sft.action_stats(actions, env_id)
     assert stats["q99"] == pytest.approx([0.1, 0.2, *TASKS[env_id].arm.limit[2:]])
     decoded = round_trip(actions, stats)
-    assert torch.allclose(decoded[:2, :2], actions[:2, :2], atol=1e-3)
+    assert torch.allclose(decoded[:4, :2], actions[:4, :2], atol=1e-3)

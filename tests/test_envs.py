@@ -599,7 +599,7 @@ def test_failed_episodes_and_those_beyond_the_number_are_not_read(tmp_path):
     meta["episodes"][0]["success"] = False
     path.with_suffix(".json").write_text(json.dumps(meta))
     with h5py.File(path, "a") as file:
-        file["traj_1/stage"] = np.array([0, 1, 2, 3, 4, -2], np.int32)
+        file["traj_1/stage"] = np.array([0, 1, 2, 3, 4, -1], np.int32)
     rgb, *_, stage = read_demos(path, "PickCube-v1", 1)
     assert len(rgb) == 6
     # Success is no stage.

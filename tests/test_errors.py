@@ -191,6 +191,16 @@ def test_output_folder_that_cannot_be_written(script, checkpoint, tmp_path, caps
     assert "Not a directory" in error
 
 
+def test_a_name_that_the_locale_cannot_write(capsys):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        # Python reads such a name so where LC_ALL is C.
+        "\udcc3\udca4".encode()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: a name has letters that this locale cannot write: set LC_ALL=C.UTF-8\n"
+    )
+
+
 @pytest.mark.parametrize("script", TRAINING)
 def test_output_folder_that_holds_a_run(script, checkpoint, tmp_path, refuses):
     shutil.copytree(checkpoint, tmp_path / "run")

@@ -342,7 +342,7 @@ def test_a_port_in_use_is_one_line(launcher):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        launcher(f"WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
+        launcher(f"WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
         with pytest.raises(UserError, match=f"cannot start a job at 127.0.0.1:{port} .*in use"):
             parallel.connect("gloo")
 
@@ -374,7 +374,13 @@ with one_line_errors():
 
 def process_of_job(rank: int, port: int, *args) -> subprocess.Popen:
     """Starts one process of a job of two."""
-    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "WORLD_SIZE": 2,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     environ |= {name: str(value) for name, value in place.items()}
     command = [sys.executable, "-c", HANG, *args]

@@ -62,10 +62,12 @@ def euler_quaternion(angles: np.ndarray) -> np.ndarray:
     angles = torch.from_numpy(angles)
     (cx, cy, cz) = torch.cos(angles).numpy()
     (sx, sy, sz) = torch.sin(angles).numpy()
-    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]], np.float32)
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]], np.float32)
-    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]], np.float32)
-    m = about_x @ about_y @ about_z
+    about_x = [[1, 0, 0], [0, cx, -sx], [0, sx, cx]]
+    about_y = [[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]
+    about_z = [[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]]
+    turns = torch.from_numpy(np.array([[about_x], [about_y], [about_z]], np.float32))
+    # On some processors numpy's matrix product differs from torch's in the last bit.
+    m = (turns[0] @ turns[1] @ turns[2])[0].numpy()
 
     one = np.float32(1)
     squares = [
