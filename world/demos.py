@@ -399,7 +399,8 @@ def judge_losses(path: Path, lost: int, num_read: int) -> None:
     why = "their last state, put back after a reset with their seed, is no success"
     # Contact forces are recorded nowhere, so a borderline episode may be lost. More than one, and
     # more than a tenth, mean other objects, other seeds or shifted rows.
-    if lost and lost > max(0.1 * (lost + num_read), min(1, num_read)):
+    too_many = lost > 1 and lost > 0.1 * (lost + num_read)
+    if too_many or (lost and not num_read):
         raise UserError(
             f"{path}: {lost} of {lost + num_read} successful episodes do not come back: {why}. "
             "The file is of another env or version, or its rows or seeds are wrong"
