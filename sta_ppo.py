@@ -12,9 +12,9 @@ It is step 3 of IPI: sft.py (imitation), sta_tpo.py (preference), sta_ppo.py (in
     loss = -mean min(ratio * adv, clip(ratio, 1 - eps, 1 + eps) * adv)
            + c_v * mean (V - return)^2 / 2 + c_kl * mean (log pi - log pi_start)^2 / 2
 
-r' is the paper's stage reward with three changes: the term k, the scale of phi_k, and Phi = 0 at a
-terminal state (docs/sta_ppo.md says why). The ratio is that of the whole action: its
-log-probability is the sum over the action's tokens.
+r' is the paper's stage reward with three changes: the term k, the scale of phi_k, and Phi = 0 at
+success. docs/sta_ppo.md says why. --stage-reward has two more forms.
+The ratio is that of the whole action. Its log-probability is the sum over the action's tokens.
 
 What differs from CleanRL's ppo.py:
 - A truncated episode is bootstrapped with the value of its final observation.
@@ -25,10 +25,10 @@ What differs from CleanRL's ppo.py:
 - All episodes start again every ceil(horizon / T) updates.
 docs/sta_ppo.md compares with RL4VLA.
 
-Comments that begin with STARE show where stages enter PPO. To change what one stage pays, edit its
-`distance` or `length` in world/tasks.py; to change the formula, edit `stage_potential` in
-stare_utils.py. A new task is an entry of TASKS in world/tasks.py (docs/tasks.md) and needs nothing
-here. Imitate it first with sft.py.
+Comments that begin with STARE show where stages enter PPO. What a stage pays follows from its
+`distance`, `length` and `pace` in world/tasks.py. The formulas are in stare_utils.py.
+A new task is an entry of TASKS in world/tasks.py (docs/tasks.md) and needs nothing here. Imitate it
+first with sft.py.
 Letters: T steps of a roll-out, N envs, n some of the envs, B length of a batch, A action tokens,
 D hidden width, K stages.
 """
@@ -73,8 +73,9 @@ from plumbing.run import (
     ppo_symptoms,
     refuse_nan,
 )
-from stare_utils import shape_rewards
+from stare_utils import pace_rewards, shape_rewards
 from world.assets import check_world, choose_renderer
+from world.resets import StageResets
 from world.statistics import EpisodeStatistics
 from world.tasks import TRAIN_SEEDS, Task, UserError, env_ids, get_task
 from world.vector import make_envs
@@ -118,6 +119,11 @@ class Args:
     """stare: success plus the stage reward. sparse: success alone, which is plain PPO. dense:
     ManiSkill's normalized_dense, which pays every step. Its episodes go on after success. It is
     divided by the horizon, so that an episode pays at most 1"""
+    stage_reward: Literal["shaping", "progress", "paced"] = "shaping"
+    """shaping: w * (gamma * Phi(s') - Phi(s)) with Phi = 0 at success, which never changes the
+    optimal policy. progress: the same without that exception. paced: each stage pays once, when it
+    is completed, and a quick one pays more. Under progress and paced the horizon ends the task, and
+    the critic sees the time"""
     shaping_weight: float = -1.0
     """w; a negative number means 1 / K, which keeps w * Phi in [0, 1]; 0 equals --reward sparse bit
     for bit"""
@@ -127,6 +133,10 @@ class Args:
     """offset: Phi = k + phi_k. bare: the paper's phi_k alone, which falls at each stage switch"""
     silent_stages: str = ""
     """stages, with commas between them, whose distance pays nothing: Phi = k inside them"""
+    stage_resets: float = 0.0
+    """share of the envs whose episodes begin in a later stage, where some episode has entered it.
+    Stages that are seldom completed are drawn more often. These envs count in no statistic. A run
+    with them is not resumed bit for bit"""
     stage_advantage: bool = False
     """normalise advantages within each stage instead of over the whole buffer"""
     stage_source: Literal["rules", "learned"] = "rules"
@@ -159,6 +169,8 @@ class Args:
     """c_v: weight of the value loss"""
     kl_coef: float = 0.0
     """c_kl: weight of the KL to the policy that the run started from; 0 leaves it out"""
+    kl_anneal: float = 0.0
+    """share of the run over which c_kl falls linearly to 0; 0: it stays"""
     target_kl: float | None = None
     """stop an update's epochs once the KL of the last minibatch of an epoch is above this"""
     critic_warmup: int = 2
@@ -197,6 +209,8 @@ class Args:
     """number of updates in a round, which begins where all episodes start again (computed)"""
     episodes_per_round: int = 0
     """episodes of each env that end within a round even if all reach the horizon (computed)"""
+    num_moved: int = 0
+    """how many envs begin in later stages: --stage-resets of num_envs (computed)"""
 
 
 @torch.no_grad()
@@ -276,38 +290,37 @@ def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor
 class ValueHead(nn.Module):
     """V(s) from the hidden state that predicts the first action token, (B, D) -> (B,).
 
-    The last layer starts at zero, so V = 0 everywhere.
+    The last layer starts at zero, so V = 0 everywhere. clock: (B,) t / H where the horizon ends the
+    task, because V depends on the time that is left there (Pardo et al. 2018); else 0.
     """
 
     def __init__(self, width: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, 256),
-            nn.GELU(),
-            nn.Linear(256, 1),
-        )
+        self.first = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256))
+        self.clock_weight = nn.Parameter(torch.zeros(256))
+        self.last = nn.Linear(256, 1)
         # A random V would give the policy random advantages at first.
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.layers(hidden.float())[:, 0]
+    def forward(self, hidden: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        assert clock.shape == hidden.shape[:1], "one time per state"
+        x = self.first(hidden.float()) + clock[:, None] * self.clock_weight
+        return self.last(nn.functional.gelu(x))[:, 0]
 
 
 @torch.no_grad()
-def value_of(model, value_head: ValueHead, inputs: dict) -> torch.Tensor:
-    """V (n,) of observations, from a pass over the prompt alone."""
+def value_of(model, value_head: ValueHead, inputs: dict, clock: torch.Tensor) -> torch.Tensor:
+    """V (n,) of observations, from a pass over the prompt alone. clock: (n,), see ValueHead."""
     out = model(**inputs, logits_to_keep=1)
-    return value_head(out.last_hidden_state[:, -1])
+    return value_head(out.last_hidden_state[:, -1], clock)
 
 
 class Buffers:
     """Storage of a roll-out: row t is step t, column n is env n."""
 
     def __init__(self, T: int, N: int, A: int, image_size: int, device: torch.device):
-        # Observations, values, stages and potentials have T + 1 rows. Row T is where the envs stand
-        # after the last step.
+        # What belongs to a state has T + 1 rows. Row T is where the envs stand after the last step.
         self.obs = {
             "rgb": torch.zeros(T + 1, N, image_size, image_size, 3, dtype=torch.uint8),
             "proprio": torch.zeros(T + 1, N, 8),
@@ -315,11 +328,13 @@ class Buffers:
         self.values = torch.zeros(T + 1, N, device=device)
         self.stages = torch.zeros(T + 1, N, dtype=torch.long, device=device)
         self.potentials = torch.zeros(T + 1, N, device=device)
+        # t / H for the critic, see ValueHead
+        self.clock = torch.zeros(T + 1, N, device=device)
         self.bins = torch.zeros(T, N, A, dtype=torch.long, device=device)
         # PPO's old log-probabilities, one per action
         self.logprobs = torch.zeros(T, N, device=device)
         self.rewards = torch.zeros(T, N, device=device)
-        # Step t has ended the episode by success.
+        # Step t has ended the task, so no value comes after it.
         self.terminated = torch.zeros(T, N, dtype=torch.bool, device=device)
         # Step t has ended the episode by success or at the horizon. (In CleanRL dones[t] is about
         # step t - 1.)
@@ -328,15 +343,23 @@ class Buffers:
         self.final_values = torch.zeros(T, N, device=device)
 
     def put_state(
-        self, t: int, half: slice, obs: dict, stage: torch.Tensor, phi: torch.Tensor
+        self,
+        t: int,
+        half: slice,
+        obs: dict,
+        stage: torch.Tensor,
+        phi: torch.Tensor,
+        clock: torch.Tensor,
     ) -> None:
         """Keeps the state before step t. half: of which envs, a slice of the N."""
         # Assigning a single number to a slice would copy it to all envs without an error.
-        assert stage.shape == phi.shape == self.stages[t, half].shape
+        assert stage.shape == phi.shape == clock.shape == self.stages[t, half].shape
         for name, value in obs.items():
+            assert value.shape == self.obs[name][t, half].shape
             self.obs[name][t, half] = value
         self.stages[t, half] = stage
         self.potentials[t, half] = phi
+        self.clock[t, half] = clock
 
     def obs_at(self, t: int, half: slice) -> dict:
         """The observations before step t. half: of which envs, a slice of the N."""
@@ -344,16 +367,78 @@ class Buffers:
 
     def carry_last_state(self) -> None:
         """Begins a roll-out where the one before has ended. The value there is computed again."""
-        for buffer in (*self.obs.values(), self.stages, self.potentials):
+        for buffer in (*self.obs.values(), self.stages, self.potentials, self.clock):
             buffer[0] = buffer[-1]
 
-    def reset(self, envs, seed: int, stage_of) -> dict:
-        """Starts all episodes, env i's with the seed + i. Returns their infos."""
+    def reset(self, envs, seed: int, stage_of, stage_reward: "StageReward") -> dict:
+        """Starts all episodes. Env i's has the seed + i. Returns their infos."""
         # Training seeds are below TRAIN_SEEDS, evaluation seeds are not.
         obs, info = envs.reset(seed=seed % (TRAIN_SEEDS - envs.num_envs))
         stage, phi = stage_of(obs, info)
-        self.put_state(0, slice(None), obs, stage, phi)
+        every = slice(None)
+        self.put_state(0, every, obs, stage, phi, stage_reward.clock(info))
+        stage_reward.begin(every, torch.ones_like(stage, dtype=torch.bool), stage)
         return info
+
+
+class StageReward:
+    """STARE: what the stage reward pays for a step, in the form of --stage-reward.
+
+    shaping   w * (gamma * Phi(s') - Phi(s)), Phi = 0 at success (Ng, Harada, Russell 1999)
+    progress  the same without that exception: Phi stays at success
+    paced     w / (1 + T_k / Tbar_k), once, when stage k is completed. T_k: the steps in it,
+              Tbar_k: the expert's
+    """
+
+    def __init__(self, args: Args, task: Task, weight: float, device: torch.device):
+        self.form = args.stage_reward
+        self.weight = weight
+        self.gamma = args.gamma
+        # Progress that an episode has at the horizon is its own, so no value is added there.
+        self.horizon_ends = weight > 0 and self.form != "shaping"
+        self.horizon = task.max_episode_steps
+        self.stages = task.stages
+        self.pace = torch.tensor(task.pace, device=device)
+        # Of each env's episode: the furthest stage so far, and the steps since it was entered.
+        self.furthest = torch.zeros(args.num_envs, dtype=torch.long, device=device)
+        self.steps = torch.zeros(args.num_envs, device=device)
+
+    def begin(self, half: slice, began: torch.Tensor, stages: torch.Tensor) -> None:
+        """Episodes begin in the envs of `half` where `began` (n,) is true, in `stages` (n,)."""
+        # An episode that begins in success begins in its first stage.
+        stages = stages % len(self.stages)
+        self.furthest[half] = torch.where(began, stages, self.furthest[half])
+        self.steps[half] = torch.where(began, 0, self.steps[half])
+
+    def clock(self, info: dict) -> torch.Tensor:
+        """What the critic sees of the time, (n,): see ValueHead. info: of the states."""
+        elapsed = info["elapsed_steps"].to(self.steps.device)
+        return elapsed / self.horizon if self.horizon_ends else 0.0 * elapsed
+
+    def __call__(
+        self,
+        half: slice,
+        phi: torch.Tensor,
+        next_phi: torch.Tensor,
+        next_stage: torch.Tensor,
+        success: torch.Tensor,
+    ) -> torch.Tensor:
+        """(n,) of the envs in `half`, for the step from a state to the next one."""
+        if self.weight == 0:
+            return torch.zeros_like(phi)
+        if self.form == "paced":
+            self.steps[half] += 1
+            furthest = self.furthest[half]
+            reward = pace_rewards(furthest, self.steps[half], next_stage, self.pace, self.weight)
+            # `furthest` is a view of what the next lines change.
+            entered = next_stage > furthest
+            self.furthest[half] = torch.where(entered, next_stage, furthest)
+            self.steps[half] = torch.where(entered, 0, self.steps[half])
+            return reward
+        # Phi counts as 0 in these states.
+        terminal = success & (self.form == "shaping")
+        no_reward = torch.zeros_like(phi)
+        return shape_rewards(no_reward, phi, next_phi, terminal, self.gamma, self.weight)
 
 
 class RuleStages:
@@ -370,10 +455,35 @@ class RuleStages:
         return stage, torch.where(self.silent[stage], stage, phi)
 
 
+def true_next(
+    stage: torch.Tensor, phi: torch.Tensor, info: dict, stage_of
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stage (n,) and Phi (n,) of the states to which a step has led.
+
+    stage, phi: of the states in which the envs stand now. Where the step has ended an episode, the
+    env stands in a new one, and the step has led to the final observation.
+    """
+    ended = info["_final_info"]
+    if not ended.any():
+        return stage, phi
+    final_stage, final_phi = stage_of(info["final_obs"], info["final_info"])
+    ended = ended.to(stage.device)
+    return torch.where(ended, final_stage, stage), torch.where(ended, final_phi, phi)
+
+
+def final_value(model, value_head: ValueHead, codec: vla.Codec, info: dict, stage_reward):
+    """V of the final observations of the episodes that a step has ended."""
+    ended = info["_final_info"]
+    inputs = codec.inputs({name: x[ended] for name, x in info["final_obs"].items()})
+    clock = stage_reward.clock(info["final_info"])[ended.to(codec.device)]
+    return value_of(model, value_head, inputs, clock)
+
+
 class LearnedStages:
     """STARE: the stage (n,) and Phi (n,) of states as sft.py's separator sees them.
 
     It reads the hidden state of the frozen SFT policy, step by step. It knows no distance: Phi = k.
+    Success is the env's own, and stage K.
     """
 
     def __init__(self, sft_model, separator: nn.Linear, num_stages: int, codec: vla.Codec):
@@ -389,7 +499,8 @@ class LearnedStages:
         hidden = self.sft_model(**inputs, logits_to_keep=1).last_hidden_state[:, -1]
         # The separator may know tasks with more stages than this one.
         stage_logits = self.separator(hidden.float())[:, : self.num_stages]
-        stage = stage_logits.argmax(-1)
+        success = info["success"].to(stage_logits.device)
+        stage = torch.where(success, self.num_stages, stage_logits.argmax(-1))
         return stage, stage.float()
 
 
@@ -501,6 +612,7 @@ def check_args(args: Args, world_size: int) -> Task:
     horizon = task.max_episode_steps
     args.round_length = math.ceil(horizon / args.num_steps)
     args.episodes_per_round = args.round_length * args.num_steps // horizon
+    args.num_moved = round(args.stage_resets * args.num_envs)
     # A checkpoint at the end of a round can be resumed exactly.
     args.save_freq = math.ceil(args.save_freq / args.round_length) * args.round_length
     if args.num_iterations <= args.critic_warmup:
@@ -521,6 +633,19 @@ def check_stage_args(args: Args, task: Task) -> None:
             "--stage-source learned knows no distances, its Phi is k alone: "
             "leave out --potential, --potential-across-stages, --silent-stages"
         )
+    if args.stage_reward == "paced" and len(task.pace) != len(task.stages):
+        raise UserError(
+            f"--stage-reward paced needs the pace of {args.env_id} in world/tasks.py: "
+            "benchmark/expert.py measures it"
+        )
+    if args.stage_resets and (args.backend == "cuda" or args.reward == "dense"):
+        raise UserError("--stage-resets needs --backend cpu, and episodes that end at success")
+    num_moved = round(args.stage_resets * args.num_envs)
+    if args.stage_resets and not 0 < num_moved < args.num_envs:
+        raise UserError(
+            f"--stage-resets {args.stage_resets} of {args.num_envs} envs is {num_moved}: at least "
+            "one must begin in a later stage, and one as usual"
+        )
     unknown = set(silent) - set(task.stages)
     if unknown or (silent and args.potential_across_stages != "offset"):
         names = ",".join(task.stages)
@@ -540,7 +665,8 @@ def reward_weights(args: Args, task: Task) -> tuple[float, float]:
     # Phi of a terminal state is 0. With w = 1 / K the reward 1 - w * Phi is never negative there.
     weight = args.shaping_weight if args.shaping_weight >= 0 else 1 / K
     largest_phi = K if args.potential_across_stages == "offset" else 1
-    if weight * largest_phi > 1 and args.critic_warmup == 0:
+    drops = args.stage_reward == "shaping" and weight * largest_phi > 1
+    if drops and args.critic_warmup == 0:
         print(
             f"warning: with --shaping-weight {weight} w * Phi exceeds 1: success looks like a loss "
             "to an untrained critic; add --critic-warmup"
@@ -595,9 +721,9 @@ def load_stages(args: Args, task: Task, folder: Path, codec: vla.Codec, device: 
     return LearnedStages(sft_model, separator, len(task.stages), codec)
 
 
-def build_envs(args: Args, image_size: int):
+def build_envs(args: Args, image_size: int, rank: int):
     """The vectorised envs of the roll-outs."""
-    return make_envs(
+    envs = make_envs(
         args.env_id,
         args.num_envs,
         args.seed,
@@ -609,6 +735,10 @@ def build_envs(args: Args, image_size: int):
         potential_across_stages=args.potential_across_stages,
         image_size=image_size,
     )
+    if args.num_moved:
+        # STARE: some episodes begin in a later stage.
+        return StageResets(envs, args.num_moved, seed=args.seed + rank)
+    return envs
 
 
 def load_reference(args: Args, model, source: str, origin: str, device: torch.device):
@@ -662,6 +792,14 @@ def set_learning_rates(args: Args, optimizer, iteration: int) -> None:
         optimizer.param_groups[0]["lr"] = 0.0
 
 
+def kl_weight(args: Args, iteration: int) -> float:
+    """c_kl of an update, which falls linearly to 0 over the share --kl-anneal of the run."""
+    if not args.kl_anneal:
+        return args.kl_coef
+    done = iteration / args.num_iterations
+    return args.kl_coef * max(0.0, 1 - done / args.kl_anneal)
+
+
 def reset_momentum(optimizer) -> None:
     """Sets Adam's momentum to zero, which the untrained critic has shaped."""
     for moments in optimizer.state.values():
@@ -683,6 +821,8 @@ def resume(run: Run, model, value_head: ValueHead, optimizer, statistics) -> dic
 def result_settings(args: Args, weight: float, source: str, env_steps: int, wall_s: float) -> dict:
     """What args.json holds: the arguments, and what eval.py copies into its results."""
     method = "STA-PPO" if weight or args.stage_advantage else "PPO"
+    if weight and args.stage_reward != "shaping":
+        method = f"STA-PPO-{args.stage_reward}"
     if args.reward == "dense":
         method = "PPO-dense"
     return {
@@ -767,6 +907,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     rank, world_size, device = parallel.join(args.cuda)
     task = check_args(args, world_size)
     weight, reward_scale = reward_weights(args, task)
+    stage_reward = StageReward(args, task, weight, device)
     run = Run("sta_ppo", args.output_dir, args.resume, rank)
     source, origin = find_start(args, run)
 
@@ -787,9 +928,9 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     run.open(asdict(args), args.output_dir, resumed_at * args.batch_size)
     value_head = ValueHead(model.config.text_config.hidden_size).to(device)
     optimizer = build_optimizer(args, params, value_head)
-    statistics = EpisodeStatistics(task.stage_table, args.num_envs, args.gamma)
+    statistics = EpisodeStatistics(task.stage_table, args.num_envs, args.gamma, args.num_moved)
     first_scalars = resume(run, model, value_head, optimizer, statistics)
-    envs = build_envs(args, processor.image_size)
+    envs = build_envs(args, processor.image_size, rank)
     print(f"{args.num_iterations} updates of {args.batch_size} steps; start: {source}")
     T = args.num_steps
     N = args.num_envs
@@ -803,6 +944,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         # The same seed, update and process give the same random numbers, also after a resume.
         torch.manual_seed((args.seed * 1_000_003 + iteration) * world_size + rank)
         set_learning_rates(args, optimizer, iteration)
+        kl_coef = kl_weight(args, iteration)
 
         # ---- roll-out: one half of the envs simulates while the policy acts for the other ----
         start_rollout = time.time()
@@ -812,7 +954,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         begins_round = iteration % args.round_length == 0
         if begins_round or iteration == resumed_at:
             first_seed = args.seed * 1_000_003 + (iteration * world_size + rank) * N
-            reset_info = buf.reset(envs, first_seed, stage_of)
+            reset_info = buf.reset(envs, first_seed, stage_of, stage_reward)
             # A run that is resumed in the middle of a round counts episodes from the next round on.
             statistics.begin_round(args.episodes_per_round if begins_round else 0)
             statistics.observe(slice(0, N), reset_info)
@@ -825,41 +967,33 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     # Where an episode has ended, obs and info are already the next episode's.
                     step_obs, env_reward, term, trunc, info = envs.receive(half)
                     stage, phi = stage_of(step_obs, info)
-                    buf.put_state(t, half, step_obs, stage, phi)
-                    buf.terminated[t - 1, half] = term.to(device)
-                    buf.done[t - 1, half] = (term | trunc).to(device)
-                    next_phi = phi.clone()
-                    ended = (term | trunc).cpu()
-                    if ended.any():
-                        # The true next state of an ended episode is its final observation.
-                        final_obs = info["final_obs"]
-                        _, final_phi = stage_of(final_obs, info["final_info"])
-                        next_phi[ended] = final_phi[ended]
-                        inputs = codec.inputs({name: x[ended] for name, x in final_obs.items()})
-                        value = value_of(model, value_head, inputs)
+                    buf.put_state(t, half, step_obs, stage, phi, stage_reward.clock(info))
+                    success = term.to(device)
+                    done = (term | trunc).to(device)
+                    # The true next state of an ended episode is its final observation.
+                    next_stage, next_phi = true_next(stage, phi, info, stage_of)
+                    if done.any():
+                        value = final_value(model, value_head, codec, info, stage_reward)
                         # `half` is a slice, so this writes into the buffer and not into a copy.
-                        buf.final_values[t - 1, half][ended] = value
-                    reward = reward_scale * env_reward.to(device)
-                    # STARE: the stage reward enters here. With weight 0 the env's reward stays.
-                    if weight:
-                        reward = shape_rewards(
-                            reward,
-                            buf.potentials[t - 1, half],
-                            next_phi,
-                            buf.terminated[t - 1, half],
-                            args.gamma,
-                            weight,
-                        )
+                        buf.final_values[t - 1, half][done] = value
+                    # STARE: the stage reward enters here. With weight 0 it is 0.
+                    paid = stage_reward(
+                        half, buf.potentials[t - 1, half], next_phi, next_stage, success
+                    )
+                    stage_reward.begin(half, done, stage)
+                    reward = reward_scale * env_reward.to(device) + paid
                     # put_state has checked that phi has one number per env.
-                    assert reward.shape == term.shape == trunc.shape == phi.shape
+                    assert env_reward.shape == paid.shape == done.shape == phi.shape
                     buf.rewards[t - 1, half] = reward
-                    statistics.step(half, env_reward, reward, info)
+                    buf.done[t - 1, half] = done
+                    buf.terminated[t - 1, half] = done if stage_reward.horizon_ends else success
+                    statistics.step(half, env_reward, reward, paid, info)
                     statistics.observe(half, info)
                 if t < T:
                     # Act. PPO's old log-probabilities and values are made here.
                     inputs = codec.inputs(buf.obs_at(t, half))
                     buf.bins[t, half], logprob, hidden = sample_action(model, inputs, active)
-                    value = value_head(hidden).detach()
+                    value = value_head(hidden, buf.clock[t, half]).detach()
                     # Otherwise a single number would be copied to all envs.
                     assert logprob.shape == value.shape == buf.values[t, half].shape
                     buf.logprobs[t, half] = logprob
@@ -867,8 +1001,9 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     envs.send(half, codec.actions(buf.bins[t, half]))
 
         # ---- advantages: V is bootstrapped after a truncation, not after a termination ----
+        # Where the horizon ends the task, its truncation counts as a termination.
         inputs = codec.inputs(buf.obs_at(T, slice(None)))
-        buf.values[T] = value_of(model, value_head, inputs)
+        buf.values[T] = value_of(model, value_head, inputs, buf.clock[T])
         # V of the true next state. At an episode's end it is V of the final observation, else the
         # value in the next row, of which the last one is row T.
         next_values = torch.where(buf.done, buf.final_values, buf.values[1:])
@@ -897,6 +1032,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         b_bins = buf.bins.flatten(0, 1)
         b_logprobs = buf.logprobs.flatten()
         b_returns = returns.flatten()
+        b_clock = buf.clock[:T].flatten()
         b_advantages = normalized[rank * B : (rank + 1) * B]
         if reference is not None:
             b_ref_logprobs = reference_logprobs(args, reference, codec, b_obs, b_bins, active)
@@ -914,7 +1050,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     newlogprob, entropy, hidden, _ = action_logprob(
                         model, inputs, b_bins[chunk], active
                     )
-                    newvalue = value_head(hidden)
+                    newvalue = value_head(hidden, b_clock[chunk])
                     # Otherwise the losses below would broadcast.
                     assert newlogprob.shape == newvalue.shape == b_returns[chunk].shape
 
@@ -925,7 +1061,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     ref_loss = torch.zeros((), device=device)
                     if reference is not None:
                         ref_loss = kl_loss(newlogprob, b_ref_logprobs[chunk])
-                    loss = pg_loss + args.vf_coef * v_loss + args.kl_coef * ref_loss
+                    loss = pg_loss + args.vf_coef * v_loss + kl_coef * ref_loss
                     # The gradients of all chunks and processes add up to the minibatch's gradient.
                     share = len(chunk) / len(mb_inds) / world_size
                     (share * loss).backward()
@@ -963,7 +1099,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         refuse_nan(losses, run.folder, {**batch, "returns": b_returns})
         if iteration % args.round_length == 0:
             # Only whole rounds count, because the first episodes to end are mostly successes.
-            round_size = world_size * N * args.episodes_per_round
+            round_size = world_size * (N - args.num_moved) * args.episodes_per_round
             statistics.end_round(parallel.gather(statistics.rows), round_size)
         now = time.time()
         scalars = {

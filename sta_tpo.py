@@ -8,12 +8,15 @@ It is step 2 of IPI: sft.py (imitation), sta_tpo.py (preference), sta_ppo.py (in
         the paper's cost: the mean distance of a segment instead of the sum
     python sta_tpo.py --env-id PickCube-v1 --no-stage-aware --max-pairs-per-stage 24
         plain TPO: whole trajectories, as many pairs in all
+    python sta_tpo.py --env-id PickCube-v1 --branch
+        both roll-outs of a pair begin the stage in the same state, see `Tree`
     python sta_tpo.py --env-id PickCube-v1 --export-pairs DIR
         clips for a person to judge; --preferences DIR/pairs.jsonl trains on the verdicts
 
     q(tau_k)  = mean over the steps of segment k of [log pi(a_t|s_t) - log pi_ref(a_t|s_t)]
     q^(tau_k) = q(tau_k) - lambda * l_k(tau_k)        l_k: sum (or mean) of d_k / L_k
     loss      = -mean over pairs of log sigmoid(beta * (q^(chosen) - q^(rejected)))
+                - c_a * mean over pairs of (mean over the winner's steps of log pi)
 
 A pair exists for stage k only if both roll-outs completed stage k - 1. The winner completed stage
 k. Where both did, the winner is the one whose cost is lower by a margin.
@@ -28,9 +31,10 @@ tokens, N envs, D hidden width.
 import json
 import math
 import os
+import shutil
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -111,6 +115,9 @@ class Args:
     """different initial states"""
     rollouts_per_state: int = 8
     """sampled roll-outs from each of them; pairs never mix initial states"""
+    branch: bool = False
+    """sample each stage on its own: --rollouts-per-state continuations from one state per stage
+    and initial state, so that both roll-outs of a pair begin the stage in the same state"""
 
     # pairs
     stage_aware: bool = True
@@ -138,6 +145,15 @@ class Args:
     cost_margin: float = 0.1
     """where both roll-outs completed a stage, the cheaper one wins only by this margin, in units of
     L_k; 1e9: only completion makes pairs"""
+    branch_patience: float = 2.0
+    """a branch ends after this many times the expert's steps in its stage; more for a policy that
+    was taught to be slower, as by sft.py's default --demo-speed"""
+    blame_steps: int = 0
+    """of a loser that did not complete its stage, only the last steps, this many, enter q: those
+    before them may have been right; 0: all steps"""
+    anchor_coef: float = 0.0
+    """c_a: weight of -mean log pi over the winners' steps, which keeps their log-probability from
+    falling with the losers' (RPO, CPL)"""
     max_pairs_per_stage: int = 6
     """at most this many pairs per initial state and stage, completions first, so that easy stages
     do not drown the others"""
@@ -261,12 +277,21 @@ def sta_tpo_loss(
 
 
 # ---- roll-outs of the reference policy ----
-def rollout_jobs(args: Args) -> list[tuple[int, int]]:
-    """(seed of the initial state, number) of each roll-out."""
+def rollout_jobs(args: Args) -> list[tuple[int, ...]]:
+    """(seed of the initial state, number) of each roll-out. With --branch (seed,) of each tree."""
     # The seed alone decides the initial states, so that a resumed run finds its files again.
     rng = np.random.default_rng(args.seed)
     init_seeds = rng.choice(TRAIN_SEEDS, args.num_initial_states, replace=False)
+    if args.branch:
+        return [(int(s),) for s in init_seeds]
     return [(int(s), r) for s in init_seeds for r in range(args.rollouts_per_state)]
+
+
+def files_of(folder: Path, jobs: list[tuple[int, ...]]) -> list[Path]:
+    """The .npz of each roll-out. With --branch the folder with those of each tree."""
+    if len(jobs[0]) == 1:
+        return [folder / str(seed) for (seed,) in jobs]
+    return [folder / f"{seed}_{number}.npz" for seed, number in jobs]
 
 
 def collect_rollouts(
@@ -283,10 +308,12 @@ def collect_rollouts(
 
     Each roll-out is an .npz of its own, so that a stopped run goes on where it was. An env takes
     the next roll-out as soon as it is free. A process of a job takes every world_size-th one.
+    With --branch a tree takes the place of a roll-out, see `sample_trees`.
     """
     folder.mkdir(exist_ok=True)
+    # The seed alone decides the jobs, so a resumed run finds its files again.
     jobs = rollout_jobs(args)
-    files = [folder / f"{seed}_{number}.npz" for seed, number in jobs]
+    files = files_of(folder, jobs)
     mine = range(rank, len(jobs), world_size)
     todo = [jobs[i] for i in mine if not files[i].exists()]
     if not todo:
@@ -300,10 +327,17 @@ def collect_rollouts(
     N = min(args.num_envs, len(todo))
     # CPU physics: ManiSkill's GPU simulation cannot repeat one initial state.
     envs = make_envs(args.env_id, N, 0, image_size=image_size)
-    progress = Progress(total=len(mine), initial=num_done, desc="roll-outs", unit="episode")
-    for job, rollout in sample_rollouts(envs, model, codec, active, todo):
-        write_rollout(folder, job, rollout)
-        progress.update()
+    unit = "state" if args.branch else "episode"
+    progress = Progress(total=len(mine), initial=num_done, desc="roll-outs", unit=unit)
+    if args.branch:
+        R = args.rollouts_per_state
+        for tree in sample_trees(envs, model, codec, active, todo, R, args.branch_patience):
+            write_tree(folder, tree)
+            progress.update()
+    else:
+        for job, rollout in sample_rollouts(envs, model, codec, active, todo):
+            write_rollout(folder, job, rollout)
+            progress.update()
     progress.close()
     envs.close()
     torch.set_num_threads(threads)
@@ -327,15 +361,7 @@ def sample_rollouts(envs, model, codec: vla.Codec, active: torch.Tensor, todo: l
         next_obs, _, _, _, next_info = envs.step(codec.actions(bins))
         ended = next_info["_final_info"]
         for i in range(N):
-            step = {
-                "rgb": obs["rgb"][i].cpu(),
-                "proprio": obs["proprio"][i].cpu(),
-                "bins": bins[i].cpu(),
-                # An episode that begins in success begins in its first stage.
-                "stage": info["stage"][i].cpu() % envs.num_stages,
-                "distances": info["distances"][i].cpu() / lengths,
-            }
-            episodes[i].append(step)
+            episodes[i].append(recorded_step(i, obs, info, bins, lengths))
             if not ended[i]:
                 continue
             if current[i]:
@@ -348,6 +374,128 @@ def sample_rollouts(envs, model, codec: vla.Codec, active: torch.Tensor, todo: l
         if ended.any():
             envs.set_next_seeds([job[0] if job else 0 for job in ahead])
         obs, info = next_obs, next_info
+
+
+def recorded_step(i: int, obs: dict, info: dict, bins: torch.Tensor, lengths: torch.Tensor):
+    """What is kept of env i's step. lengths: (K,) L_k."""
+    return {
+        # Copies, because an env may be moved to another state.
+        "rgb": obs["rgb"][i].cpu().clone(),
+        "proprio": obs["proprio"][i].cpu().clone(),
+        "bins": bins[i].cpu(),
+        # An episode that begins in success begins in its first stage.
+        "stage": info["stage"][i].cpu() % len(lengths),
+        "distances": info["distances"][i].cpu() / lengths,
+    }
+
+
+@dataclass
+class Tree:
+    """STARE: what is sampled from one initial state, a stage at a time.
+
+    All branches of a stage begin in one state: where a branch of the stage before has entered it.
+    """
+
+    seed: int
+    # where the present branches begin: the seed of a reset, or a saved state
+    origin: int | bytes
+    stage: int = 0
+    # how many branches of this stage have ended
+    num_branches: int = 0
+    # the steps of the present branch, and the finished branches of all stages
+    steps: list[dict] = field(default_factory=list)
+    rollouts: list[dict] = field(default_factory=list)
+    # the state in which a branch has first entered a later stage, and that stage
+    entered: bytes | None = None
+    next_stage: int = 0
+
+    def end_branch(self, reached: int, success: bool, num_stages: int) -> None:
+        """Keeps the present branch. reached: the stage of its last state, K at success."""
+        rollout = stack_steps(self.steps, num_stages)
+        rollout["success"] = success
+        rollout["completed"] = max(reached, self.stage)
+        self.rollouts.append(rollout)
+        self.num_branches += 1
+        self.steps = []
+
+    def advance(self, branches_per_stage: int) -> int | bytes | None:
+        """Goes on to the next branch, perhaps of the next stage. Returns where it begins.
+
+        None: all branches of the stage have ended, and none has entered a later one.
+        """
+        if self.num_branches < branches_per_stage:
+            return self.origin
+        self.origin = self.entered
+        self.stage = self.next_stage
+        self.num_branches = 0
+        self.entered = None
+        return self.origin
+
+
+def sample_trees(
+    envs, model, codec: vla.Codec, active: torch.Tensor, todo: list, R: int, patience: float
+):
+    """Plays one tree per job, R branches in each stage that is reached. Yields the trees.
+
+    A branch ends where its stage is completed, with its episode, or when it has taken `patience`
+    times the expert's steps.
+    """
+    N = envs.num_envs
+    K = envs.num_stages
+    lengths = torch.tensor([stage.length for stage in envs.task.stage_table])
+    most_steps = [patience * steps for steps in envs.task.pace]
+    new_trees = (Tree(seed, origin=seed) for (seed,) in todo)
+    # Each env plays a tree. None: all trees are taken.
+    trees = [next(new_trees) for _ in range(N)]
+    obs, info = envs.reset(seed=[tree.seed for tree in trees])
+    while any(trees):
+        bins, _, _ = sample_action(model, codec.inputs(obs), active)
+        next_obs, _, _, _, next_info = envs.step(codec.actions(bins))
+        ended, reached, success = last_states(next_info)
+        enters = [False] * N
+        for i, tree in enumerate(trees):
+            if not tree:
+                continue
+            # the tree's first step
+            if not (tree.rollouts or tree.steps):
+                tree.stage = int(info["stage"][i]) % K
+            tree.steps.append(recorded_step(i, obs, info, bins, lengths))
+            # After the end of an episode there is no state to go on from.
+            enters[i] = bool(reached[i] > tree.stage and not ended[i])
+        # The first branch that enters a later stage gives the state where its branches begin.
+        saved = envs.save_where([e and not t.entered for e, t in zip(enters, trees)])
+        targets = [None] * N
+        for i, tree in enumerate(trees):
+            if not tree:
+                continue
+            if saved[i]:
+                tree.entered = saved[i]
+                tree.next_stage = int(reached[i])
+            late = len(tree.steps) >= most_steps[tree.stage]
+            if not (enters[i] or ended[i] or late):
+                continue
+            tree.end_branch(int(reached[i]), bool(success[i]), K)
+            targets[i] = tree.advance(R)
+            if targets[i] is None:
+                yield tree
+                trees[i] = next(new_trees, None)
+                targets[i] = trees[i].seed if trees[i] else None
+        obs, info = next_obs, next_info
+        envs.go_to(targets, obs, info)
+
+
+def last_states(info: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a step's infos: which episodes ended (N,), and stage and success of the states after it.
+
+    Where an episode has ended, these are of its last state.
+    """
+    ended = info["_final_info"]
+    stage = info["stage"].clone()
+    success = torch.zeros_like(ended)
+    if ended.any():
+        stage[ended] = info["final_info"]["stage"][ended]
+        success[ended] = info["final_info"]["success"][ended]
+    return ended, stage, success
 
 
 def stack_steps(steps: list[dict], num_stages: int) -> dict:
@@ -370,6 +518,28 @@ def write_rollout(folder: Path, job: tuple[int, int], rollout: dict) -> None:
     new.rename(folder / f"{seed}_{number}.npz")
 
 
+def write_tree(folder: Path, tree: Tree) -> None:
+    """Writes a tree's roll-outs into a folder beside its place and renames it."""
+    # A run that dies here leaves no half folder behind that a resumed one would read.
+    new = folder / f"tmp_{tree.seed}"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    for number, rollout in enumerate(tree.rollouts):
+        np.savez(new / f"{tree.seed}_b{number}.npz", **rollout, init_seed=tree.seed)
+    new.rename(folder / str(tree.seed))
+
+
+def rollout_files(places: list[Path]) -> list[Path]:
+    """The .npz files of all roll-outs. places: these files, or the folders of trees."""
+    files = []
+    for place in places:
+        if place.is_dir():
+            files += sorted(place.glob("*.npz"), key=lambda file: int(file.stem.split("_b")[1]))
+        else:
+            files.append(place)
+    return files
+
+
 def read_rollouts(files: list[Path]) -> list[dict]:
     """Roll-outs as dicts of tensors. Raises UserError on a file that cannot be read."""
     rollouts = []
@@ -379,10 +549,15 @@ def read_rollouts(files: list[Path]) -> list[dict]:
             rollout = {name: torch.from_numpy(values) for name, values in arrays}
             rollout["init_seed"] = int(rollout["init_seed"])
             rollout["success"] = bool(rollout["success"])
+            if "completed" in rollout:
+                rollout["completed"] = int(rollout["completed"])
         except Exception as error:
+            # The branches of a tree are sampled together.
+            place = file.parent if "_b" in file.stem else file
             # Half a zip file may raise anything.
             raise UserError(
-                f"{file} is damaged ({type(error).__name__}): remove it, --resume samples it again"
+                f"{file} is damaged ({type(error).__name__}): remove {place}, "
+                "--resume samples it again"
             ) from None
         rollouts.append(rollout)
     return rollouts
@@ -426,6 +601,9 @@ def num_completed(rollout: dict, num_stages: int, stage_aware: bool) -> int:
     """How many stages (or, without stages, whole trajectories) a roll-out has completed."""
     if not stage_aware:
         return int(rollout["success"])
+    # A branch says so itself, because its last state is not recorded.
+    if "completed" in rollout:
+        return rollout["completed"]
     if rollout["success"]:
         return num_stages
     return min(int(torch.as_tensor(rollout["stage"]).max()), num_stages - 1)
@@ -569,10 +747,15 @@ def log_stages(run: Run, task: Task, rollouts: list[dict], with_costs: bool) -> 
         costs = []
         for rollout, segment in zip(rollouts, segments):
             in_stage = segment[k]
+            # A branch is of one stage, and says nothing about the others.
+            if "completed" in rollout and not len(in_stage):
+                continue
             completed.append(num_completed(rollout, K, True) > k)
             steps.append(len(in_stage))
             if len(in_stage) and with_costs:
                 costs.append(float(rollout["distance"][in_stage].mean()))
+        if not completed:
+            continue
         scalars = {
             f"stage/{k}_{name}_reached": np.mean(completed),
             f"stage/{k}_{name}_steps": np.mean(steps),
@@ -627,6 +810,31 @@ class PairSteps:
         return out.cpu()
 
 
+def sides_of(pairs: list[dict], where: dict, blame_steps: int) -> tuple[list, list]:
+    """The steps of each pair's winner and loser that enter q. where: of PairSteps."""
+    chosen = []
+    rejected = []
+    for pair in pairs:
+        chosen.append(where[pair["chosen"], pair["stage"]])
+        steps = where[pair["rejected"], pair["stage"]]
+        # What a loser did long before its end may have been right.
+        if blame_steps and pair["reason"] == "completed":
+            steps = steps[-blame_steps:]
+        rejected.append(steps)
+    return chosen, rejected
+
+
+def anchor_shares(owner: torch.Tensor, lengths: torch.Tensor, is_tie: torch.Tensor):
+    """Each step's share of the mean over pairs of (mean over the winner's steps of log pi).
+
+    owner: (S,) the segment of each step, of 2P with the winners first. lengths: (2P,).
+    is_tie: (P,) bool, pairs without a winner.
+    """
+    P = len(is_tie)
+    has_share = torch.cat([~is_tie, torch.zeros(P, dtype=torch.bool)])
+    return has_share[owner] / (P * lengths.double()[owner])
+
+
 def segment_means(x: torch.Tensor, owner: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Mean of x over each segment. x: one number per step. owner: its segment. lengths: (2P,)."""
     out = torch.zeros(len(lengths), dtype=torch.double)
@@ -652,6 +860,17 @@ def check_args(args: Args) -> Task:
     }
     check_numbers(asdict(args), least)
     choose_renderer(args.render)
+    task = get_task(args.env_id)
+    if args.branch and (not args.stage_aware or args.stage_source == "learned"):
+        raise UserError(
+            "--branch cuts roll-outs by the rules' stages: "
+            "leave out --no-stage-aware and --stage-source learned"
+        )
+    if args.branch and len(task.pace) != len(task.stages):
+        raise UserError(
+            f"--branch needs the pace of {args.env_id} in world/tasks.py: "
+            "benchmark/expert.py measures it"
+        )
     if args.cost_coef is None:
         args.cost_coef = 0.01 if args.cost == "sum" else 0.1
     # A person judged the roll-outs of one run, so the verdicts go with its folder.
@@ -666,7 +885,7 @@ def check_args(args: Args) -> Task:
         folder = Path(args.export_pairs)
         if folder.is_file() or (folder.exists() and any(folder.iterdir())):
             raise UserError(f"{folder} is not an empty folder: choose another --export-pairs")
-    return get_task(args.env_id)
+    return task
 
 
 def find_start(args: Args, run: Run) -> tuple[str, str]:
@@ -691,6 +910,12 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
             )
         if env_id:
             run.settings.setdefault("env_id", env_id[0])
+        before = lines[3] if len(lines) > 3 else ""
+        if before != sampling(args):
+            raise UserError(
+                f"the roll-outs in {args.output_dir} were sampled {before or 'without --branch'}: "
+                "give the same flags, or choose another --output-dir"
+            )
     run.check_same("--env-id", "env_id", args.env_id)
     run.check_same("--lora-rank", "lora_rank", args.lora_rank)
     return source or given or find_checkpoint(args.env_id, ("sft",)), origin
@@ -709,10 +934,16 @@ def load_learned(args: Args, source: Path, model, device: torch.device):
     return sft_model, separator
 
 
-def record_source(output: Path, source: Path, env_id: str) -> None:
+def sampling(args: Args) -> str:
+    """How roll-outs are sampled, where they cannot be mixed with others."""
+    return f"--branch with --rollouts-per-state {args.rollouts_per_state}" if args.branch else ""
+
+
+def record_source(output: Path, source: Path, args: Args) -> None:
     """Writes down whose roll-outs the folder holds."""
     # The fingerprint tells whether another policy is at that place when the run is resumed.
-    write_text(output / "source.txt", f"{source}\n{fingerprint(source)}\n{env_id}")
+    text = f"{source}\n{fingerprint(source)}\n{args.env_id}\n{sampling(args)}"
+    write_text(output / "source.txt", text)
 
 
 def resume(args: Args, run: Run, model, optimizer) -> None:
@@ -752,7 +983,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     step = run.state["step"] if run.state else 0
     run.open(asdict(args), args.output_dir, step)
     if rank == 0:
-        record_source(run.folder, source, args.env_id)
+        record_source(run.folder, source, args)
     K = len(task.stages)
     # The segments' names. Without stages a trajectory is one segment.
     stages = task.stages if args.stage_aware else ("trajectory",)
@@ -761,9 +992,10 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     start_rollout = time.time()
     folder = run.folder / "rollouts"
     size = processor.image_size
-    files = collect_rollouts(folder, model, codec, active, size, args, rank, world_size)
+    places = collect_rollouts(folder, model, codec, active, size, args, rank, world_size)
     # The other processes write their share.
     parallel.barrier()
+    files = rollout_files(places)
     rollouts = read_rollouts(files)
     seconds_rollout = time.time() - start_rollout
     env_steps = sum(len(rollout["stage"]) for rollout in rollouts)
@@ -845,8 +1077,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         mb_pairs = [pairs[p] for p in mb_inds.tolist()]
         P = len(mb_pairs)
         # 2P segments, the chosen ones first
-        chosen = [data.where[pair["chosen"], pair["stage"]] for pair in mb_pairs]
-        rejected = [data.where[pair["rejected"], pair["stage"]] for pair in mb_pairs]
+        chosen, rejected = sides_of(mb_pairs, data.where, args.blame_steps)
         # A step that several pairs share is computed once.
         mb_steps, place = torch.cat(chosen + rejected).unique(return_inverse=True)
         # Each process computes as many steps. Those that are added weigh nothing.
@@ -884,8 +1115,10 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         # d loss / d theta = sum over steps of weight_t * d log pi(a_t|s_t) / d theta. It is exact,
         # because nothing has changed since pass 1: no dropout, no optimiser step. The weight of a
         # step sums over all pairs that share it.
+        step_grad = share * q.grad[owner]
+        step_grad = step_grad - args.anchor_coef * anchor_shares(owner, lengths, is_tie)
         weight = torch.zeros(len(mb_steps), dtype=torch.double)
-        weight = weight.index_add(0, place, share * q.grad[owner]).float().to(device)
+        weight = weight.index_add(0, place, step_grad).float().to(device)
         optimizer.zero_grad()
         own_steps = mb_steps[rank::world_size].split(args.chunk_size)
         own_weights = weight[rank::world_size].split(args.chunk_size)
@@ -923,6 +1156,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             of_stage = torch.tensor([pair["stage"] == k for pair in mb_pairs])
             if of_stage.any():
                 scalars[f"stage/{k}_{name}_margin"] = margins[of_stage].mean().item()
+                # how far the winners' log-probability has moved from the reference, per step
+                scalars[f"stage/{k}_{name}_chosen_shift"] = shift[:P][of_stage].mean().item()
         run.log(scalars, step)
         chosen_shift = shift[:P].mean().item()
         rejected_shift = shift[P:].mean().item()

@@ -4,7 +4,7 @@ A long manipulation episode is cut into semantic stages, for example reach, gras
 The *separator* says which stage a state is in (`stage_signals`) and cuts trajectories into segments
 (`segment_stages`, `segment_steps`). The *calculator* gives each stage a cost (`stage_costs`, used
 by sta_tpo.py) and a potential (`stage_potential`, used by sta_ppo.py). `shape_rewards` turns the
-potential into the stage reward.
+potential into the stage reward. `pace_rewards` is another one.
 
 This module needs torch alone. It knows no simulator, no model and no algorithm. Stages are data:
 the eleven tasks' stage tables are in world/tasks.py, and docs/tasks.md shows how to write one.
@@ -171,11 +171,29 @@ def shape_rewards(
 
     It is potential-based shaping (Ng, Harada, Russell 1999). All tensors have one shape, (T, N) or
     (N,). next_potentials[t] is Phi of the true next state: at an episode's end that of its final
-    observation, not of the next episode's first one.
+    observation, not of the next episode's first one. terminated: where that Phi counts as 0.
     """
     shapes = {x.shape for x in (rewards, potentials, next_potentials, terminated)}
     assert len(shapes) == 1, "shapes differ: this would broadcast"
-    # Phi of a terminal state is 0, else the optimal policy would change. A truncated episode would
-    # have gone on, so its Phi stays.
     next_potentials = torch.where(terminated, 0.0, next_potentials)
     return rewards + weight * (gamma * next_potentials - potentials)
+
+
+def pace_rewards(
+    furthest: Tensor,
+    steps: Tensor,
+    next_stage: Tensor,
+    pace: Tensor,
+    weight: float,
+) -> Tensor:
+    """w / (1 + T_k / Tbar_k) for the step that completes stage k, once in an episode; else 0.
+
+    All (N,), but pace: (K,) Tbar_k. furthest: k, the largest stage before this step. steps: T_k,
+    those in it with this one. next_stage: where the step leads. A skipped stage pays nothing.
+    """
+    assert furthest.shape == steps.shape == next_stage.shape, "one number per env"
+    # Nothing follows stage K, which is success.
+    k = furthest.clamp(max=len(pace) - 1)
+    pays = weight / (1 + steps / pace[k])
+    completes = next_stage > furthest
+    return torch.where(completes, pays, 0.0)

@@ -5,9 +5,9 @@
     python benchmark/expert.py --env-id PickCube-v1 --ood position
         what can be solved at all out of distribution
 
-A row also has the mean length of a success, and per stage the median distance at its first entry.
-That median is where L_k in TASKS comes from. No images are drawn. SimplerEnv's tasks play each
-initial configuration of their grid once.
+A row also has the mean length of a success, and two medians per stage: the distance at its first
+entry, and the steps of a success in it. L_k and Tbar_k in TASKS come from them. No images are
+drawn. SimplerEnv's tasks play each initial configuration of their grid once.
 """
 
 import json
@@ -21,8 +21,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
+import torch
 import tyro
 
+from stare_utils import segment_steps
 from world.tasks import EVAL_SEED, TASKS, UserError, env_ids
 from world.vector import ScriptedExpert, make_envs
 
@@ -34,12 +36,13 @@ def play_round(envs, expert: ScriptedExpert, seed: int) -> list[dict]:
     horizon = envs.task.max_episode_steps
     episodes = []
     for _ in range(envs.num_envs):
-        episodes.append({"success": False, "length": horizon, "entry": {}})
+        episodes.append({"success": False, "length": horizon, "entry": {}, "stages": []})
     _, info = envs.reset(seed=seed)
     for t in range(1, horizon + 1):
         for i, episode in enumerate(episodes):
             stage = int(info["stage"][i])
             episode["entry"].setdefault(stage, float(info["stage_distance"][i]))
+            episode["stages"].append(stage)
         *_, info = envs.step(expert.act())
         # After the horizon's last step the infos are those of the next episode.
         info = info.get("final_info", info)
@@ -59,6 +62,17 @@ def entry_distances(stages: tuple[str, ...], episodes: list[dict]) -> dict[str, 
         found = [episode["entry"][k] for episode in episodes if k in episode["entry"]]
         medians[name] = round(float(np.median(found)), 3)
     return medians
+
+
+def stage_steps(stages: tuple[str, ...], episodes: list[dict]) -> dict[str, float]:
+    """Per stage the median number of steps of a success in it: its segment's length."""
+    lengths = []
+    for episode in episodes:
+        if episode["success"]:
+            labels = torch.tensor(episode["stages"][: episode["length"]])
+            lengths.append([len(steps) for steps in segment_steps(labels, len(stages))])
+    medians = np.median(lengths, axis=0)
+    return {name: float(steps) for name, steps in zip(stages, medians, strict=True)}
 
 
 def git_commit() -> str:
@@ -92,6 +106,7 @@ def measure(env_id: str, num_episodes: int, num_envs: int, seed: int, ood: str) 
         "mean_length": round(np.mean(solved), 1),
         "max_episode_steps": task.max_episode_steps,
         "entry_distance": entry_distances(task.stages, episodes),
+        "stage_steps": stage_steps(task.stages, episodes),
         "commit": git_commit(),
     }
 

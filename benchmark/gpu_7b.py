@@ -170,7 +170,8 @@ class Trainer:
         """One optimiser step of PPO over a batch."""
         logprob, _, hidden, _ = action_logprob(self.model, inputs, bins, self.active)
         pg_loss = ppo_loss(logprob - old_logprob, advantages, 0.2)
-        (pg_loss + self.value_head(hidden).square().mean()).backward()
+        clock = torch.zeros(len(hidden), device=hidden.device)
+        (pg_loss + self.value_head(hidden, clock).square().mean()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

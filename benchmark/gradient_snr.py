@@ -79,7 +79,8 @@ def fit_critic(hidden: torch.Tensor, returns: torch.Tensor, steps: torch.Tensor)
     for _ in range(300):
         mb_inds = steps[torch.randint(len(steps), (512,))]
         optimizer.zero_grad()
-        (head(hidden[mb_inds]) - returns[mb_inds]).square().mean().backward()
+        values = head(hidden[mb_inds], torch.zeros(len(mb_inds)))
+        (values - returns[mb_inds]).square().mean().backward()
         optimizer.step()
     return head
 
@@ -101,7 +102,8 @@ def fit_values(
         new_values = torch.zeros(len(hidden))
         for side in (half, ~half):
             head = fit_critic(hidden, returns, side.nonzero()[:, 0])
-            new_values[~side] = head(hidden[~side]).detach()
+            other = hidden[~side]
+            new_values[~side] = head(other, torch.zeros(len(other))).detach()
         values = new_values
     return values
 

@@ -147,8 +147,16 @@ def test_advantages_are_normalised_over_the_buffer_or_within_each_stage():
     assert torch.equal(whole.argsort(), advantages.argsort())
 
 
+def test_the_weight_of_the_kl_falls_to_zero():
+    args = sta_ppo.Args(kl_coef=0.8, kl_anneal=0.5, num_iterations=8)
+    weights = [sta_ppo.kl_weight(args, iteration) for iteration in range(6)]
+    assert weights == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0])
+    stays = sta_ppo.Args(kl_coef=0.8, num_iterations=8)
+    assert sta_ppo.kl_weight(stays, 7) == 0.8
+
+
 def test_value_head_begins_at_zero():
-    assert (sta_ppo.ValueHead(16)(torch.randn(5, 16)) == 0).all()
+    assert (sta_ppo.ValueHead(16)(torch.randn(5, 16), torch.rand(5)) == 0).all()
 
 
 # ---- the preference loss ----
@@ -447,31 +455,53 @@ def use_doubles(monkeypatch) -> list[int]:
     return sizes
 
 
-def preference_loss(pairs, rollouts, ratios, reduction, stage_aware) -> torch.Tensor:
+def segment_rows(rollout: dict, k: int, stage_aware: bool) -> torch.Tensor:
+    """(T,) bool: the steps of segment k."""
+    stage = rollout["stage"]
+    return (segment_stages(stage, 4) if stage_aware else 0 * stage) == k
+
+
+def preference_loss(pairs, rollouts, ratios, reduction, stage_aware, blame) -> torch.Tensor:
     """The loss of sta_tpo.py's docstring with beta 2 and lambda 0.3, over all pairs.
 
     ratios: log pi - log pi_ref of the steps of each roll-out. reduction: "mean" or "sum".
+    blame: how many of the last steps count of a loser that did not complete its stage; 0: all.
     """
-    q = {}
-    for i, rollout in enumerate(rollouts):
-        stage = rollout["stage"]
-        segment = segment_stages(stage, 4) if stage_aware else 0 * stage
-        for k in range(4):
-            q[i, k] = getattr(ratios[i][segment == k], reduction)()
     sides = []
     for side in ("chosen", "rejected"):
-        values = torch.stack([q[pair[side], pair["stage"]] for pair in pairs])
+        values = []
+        for pair in pairs:
+            i = pair[side]
+            steps = ratios[i][segment_rows(rollouts[i], pair["stage"], stage_aware)]
+            if side == "rejected" and pair["reason"] == "completed" and blame:
+                steps = steps[-blame:]
+            values.append(getattr(steps, reduction)())
+        values = torch.stack(values)
         costs = torch.tensor([pair[f"cost_{side}"] for pair in pairs])
         sides.append(values - 0.3 * costs)
     return -torch.nn.functional.logsigmoid(2 * (sides[0] - sides[1])).mean()
 
 
+def mean_of_winners(pairs, rollouts, logps, stage_aware) -> torch.Tensor:
+    """The mean over pairs of the mean of log pi over the winner's segment."""
+    means = []
+    for pair in pairs:
+        i = pair["chosen"]
+        means.append(logps[i][segment_rows(rollouts[i], pair["stage"], stage_aware)].mean())
+    return torch.stack(means).mean()
+
+
 @pytest.mark.parametrize(
-    ("reduction", "cost", "stage_aware"),
-    [("mean", "mean", True), ("sum", "sum", True), ("mean", "sum", True), ("mean", "mean", False)],
+    ("reduction", "cost", "stage_aware", "blame", "anchor"),
+    [
+        ("mean", "mean", True, 0, 0),
+        ("sum", "sum", True, 0, 0.4),
+        ("mean", "sum", True, 2, 0.4),
+        ("mean", "mean", False, 3, 0),
+    ],
 )
 def test_two_pass_gradient_is_that_of_plain_autograd(
-    reduction, cost, stage_aware, checkpoint, tmp_path, monkeypatch
+    reduction, cost, stage_aware, blame, anchor, checkpoint, tmp_path, monkeypatch
 ):
     """The real main in fp64: two optimiser steps, each over all pairs.
 
@@ -487,6 +517,7 @@ def test_two_pass_gradient_is_that_of_plain_autograd(
         "--max-grad-norm 1e9 --learning-rate 1e-3 --num-eval-episodes 0 --no-cuda"
     ).split()
     flags += ["--tpo-reduction", reduction, "--cost", cost]
+    flags += ["--blame-steps", str(blame), "--anchor-coef", str(anchor)]
     flags += ["--stage-aware" if stage_aware else "--no-stage-aware"]
     call(sta_tpo, "--checkpoint", checkpoint, "--output-dir", tmp_path / "run", *flags)
 
@@ -495,8 +526,7 @@ def test_two_pass_gradient_is_that_of_plain_autograd(
     defaults = sta_tpo.Args()
     limits = (defaults.cost_margin, defaults.max_pairs_per_stage)
     pairs = sta_tpo.build_stage_pairs(rollouts, 4, *limits, stage_aware, cost)
-    assert len(pairs) > 8
-    assert {pair["reason"] for pair in pairs} == {"completed", "cost"}
+    assert len(pairs) > 8 and {pair["reason"] for pair in pairs} == {"completed", "cost"}
     model, processor, _ = sta_tpo.load_policy(str(checkpoint), torch.device("cpu"))
     active = ~vla.constant_dims(STATS["action"])
 
@@ -506,14 +536,14 @@ def test_two_pass_gradient_is_that_of_plain_autograd(
 
     with torch.no_grad():
         reference = [logprobs(rollout) for rollout in rollouts]
-    assert reference[0].dtype == torch.double
     losses = scalars(tmp_path / "run")["losses/tpo_loss"]
     params = list(model.parameters())
     for step, (loss, (_, state)) in enumerate(zip(losses, seen, strict=True)):
         put_values(params, state)
-        ratios = [logprobs(rollout) - ref for rollout, ref in zip(rollouts, reference)]
-        expected = preference_loss(pairs, rollouts, ratios, reduction, stage_aware)
-        expected.backward()
+        logps = [logprobs(rollout) for rollout in rollouts]
+        ratios = [logp - ref for logp, ref in zip(logps, reference)]
+        expected = preference_loss(pairs, rollouts, ratios, reduction, stage_aware, blame)
+        (expected - anchor * mean_of_winners(pairs, rollouts, logps, stage_aware)).backward()
         assert loss == pytest.approx(expected.item(), abs=1e-5)
         mine = flat_gradient(params)
         theirs = torch.cat([grad.flatten() for _, grad in state])

@@ -151,7 +151,7 @@ def record_ppo(envs, monkeypatch):
 
         def __init__(self, width):
             super().__init__(width)
-            torch.nn.init.normal_(self.layers[-1].weight)
+            torch.nn.init.normal_(self.last.weight)
             heads.append(self)
 
     monkeypatch.setattr(sta_ppo, "sample_action", act)
@@ -171,12 +171,13 @@ def episode_row(trace, seen, potential, i: int, begin: int, end: int) -> dict[st
     T = end - begin
     # The sum of r' telescopes: the shaping adds Phi at the end, less Phi at the beginning. Phi is 0
     # at a terminal end.
-    paid = 0.9 ** (T - 1) if won else 0.5 * 0.9**T * potential(final)[i]
+    total = 0.9 ** (T - 1) if won else 0.5 * 0.9**T * potential(final)[i]
+    paid = (seen["rewards"][begin + 1 : end + 1, i] - won_at_end(T, won)).tolist()
     row = {
         "charts/success_once": won,
         "charts/success_at_end": won,
         "charts/episodic_return": won,
-        "charts/shaped_return": float(paid - 0.5 * potential(states[0])[i]),
+        "charts/shaped_return": float(total - 0.5 * potential(states[0])[i]),
         "charts/episodic_length": T,
         "charts/furthest_stage": K if won else max(labels),
     }
@@ -187,8 +188,14 @@ def episode_row(trace, seen, potential, i: int, begin: int, end: int) -> dict[st
                 costs.append(float(infos["stage_distance"][i]) / stage.length)
         row[f"stage/{k}_{stage.name}_reached"] = won or max(labels) > k
         row[f"stage/{k}_{stage.name}_steps"] = len(costs)
+        row[f"stage/{k}_{stage.name}_paid"] = sum(paid[t] for t in range(T) if labels[t] == k)
         row[f"stage/{k}_{stage.name}_cost"] = np.mean(costs or np.nan)
     return row
+
+
+def won_at_end(T: int, won: bool) -> torch.Tensor:
+    """The env's own rewards (T,) of an episode."""
+    return torch.tensor([0.0] * (T - 1) + [float(won)])
 
 
 def potential_of(infos, silent: str) -> torch.Tensor:
@@ -226,7 +233,8 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(
 
     @torch.no_grad()
     def value(obs):
-        return head(model(**prompt(processor, obs), logits_to_keep=1).last_hidden_state[:, -1])
+        hidden = model(**prompt(processor, obs), logits_to_keep=1).last_hidden_state[:, -1]
+        return head(hidden, torch.zeros(len(hidden)))
 
     potential = functools.partial(potential_of, silent=silent)
     infos = trace[0][1]
@@ -258,9 +266,49 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(
     check_logged_means(run, rows)
 
 
+@pytest.mark.parametrize("form", ["progress", "paced"])
+def test_ppo_pays_by_progress_or_pace_and_ends_at_the_horizon(
+    form, ppo, envs, checkpoint, monkeypatch
+):
+    """Env 0 succeeds, env 1 is truncated. The critic sees the time."""
+    pace = (4.0, 3.0, 5.0, 2.0)
+    task = dataclasses.replace(TASK, max_episode_steps=38, pace=pace)
+    monkeypatch.setitem(TASKS, "PickCube-v1", task)
+    trace, seen, RandomHead = record_ppo(envs, monkeypatch)
+    run = ppo("run", 1, 38, *f"--shaping-weight 0.5 --gamma 0.9 --stage-reward {form}".split())
+    head = RandomHead(64)
+    # The first update moves the clock's weight away from 0.
+    head.load_state_dict(seen["head"])
+    assert len(tensors(run / "checkpoint")["value_head.safetensors/clock_weight"].unique()) > 1
+    assert torch.equal(seen["terminated"], seen["done"])
+    endings = torch.stack([step[2] for step in trace[1:39]])
+    assert not torch.equal(endings, seen["done"]), "no episode was truncated"
+
+    furthest = trace[0][1]["stage"] % K
+    steps = torch.zeros(2)
+    for t, (_, env_reward, _, _, infos) in enumerate(trace[1:39]):
+        before = trace[t][-1]
+        done = seen["done"][t]
+        stage, phi = infos["stage"].clone(), infos["potential"].clone()
+        if done.any():
+            stage[done] = infos["final_info"]["stage"][done]
+            phi[done] = infos["final_info"]["potential"][done]
+        paid = 0.5 * (0.9 * phi - before["potential"])
+        if form == "paced":
+            steps += 1
+            completes = stage > furthest
+            expert_steps = torch.tensor([*pace, 1.0])[furthest]
+            paid = torch.where(completes, 0.5 / (1 + steps / expert_steps), 0.0)
+            furthest = torch.where(completes, stage, furthest)
+            steps[completes] = 0
+        furthest[done] = infos["stage"][done] % K
+        steps[done] = 0
+        assert torch.allclose(seen["rewards"][t], env_reward + paid, atol=1e-6), t
+
+
 def test_shaping_weight_0_is_plain_ppo_bit_for_bit_and_the_default_is_not(ppo):
     sparse = ppo("sparse", 1, 20, "--reward", "sparse")
-    zero = ppo("zero", 1, 20, "--shaping-weight", 0)
+    zero = ppo("zero", 1, 20, "--shaping-weight", 0, "--stage-reward", "progress")
     stare = ppo("stare")
     default = ppo("default", 1, 20, "--shaping-weight", 1 / K)
     assert differing(sparse / "checkpoint", zero / "checkpoint") == []
@@ -387,7 +435,7 @@ def test_the_gradients_of_an_update_are_those_of_plain_autograd(
             )
             if epoch == 0:
                 old = logprob.detach()
-            v_loss = (head(hidden) - returns).square().mean() / 2
+            v_loss = (head(hidden, torch.zeros(len(hidden))) - returns).square().mean() / 2
             row = policy_numbers(logprob, old, reference, A)
             row |= {"value_loss": v_loss, "entropy": entropy.mean()}
             (row["policy_loss"] + 50 * v_loss + 0.3 * row["kl_to_start"]).backward()

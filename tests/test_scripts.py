@@ -88,7 +88,7 @@ def resumed_run(workspace, tpo_run, ppo_run):
 
 
 def test_ppo_stopped_and_resumed_equals_straight_bit_for_bit(ppo_run, resumed_run):
-    assert "value_head.safetensors/layers.1.weight" in tensors(ppo_run / "checkpoint")
+    assert "value_head.safetensors/first.1.weight" in tensors(ppo_run / "checkpoint")
     assert differing(ppo_run / "checkpoint", resumed_run / "checkpoint") == []
     straight, resumed = (read_state(run / "checkpoint") for run in (ppo_run, resumed_run))
     # They are compared as text, because NaN does not equal NaN.
@@ -104,7 +104,7 @@ def test_critic_warmup_trains_the_value_head_alone_and_then_everything_moves(
     after = tensors(ppo_run / "checkpoint")
     assert [name for name in before if not torch.equal(before[name], warm[name])] == []
     # The value head's last layer begins at zero.
-    assert warm["value_head.safetensors/layers.3.weight"].any()
+    assert warm["value_head.safetensors/last.weight"].any()
     assert [name for name in warm if torch.equal(warm[name], after[name])] == []
     assert scalars(ppo_run)["charts/learning_rate"] == pytest.approx([0, 0, 5e-5, 5e-5])
     # Adam's first moments are forgotten.

@@ -17,8 +17,8 @@ K = len(STAGES)
 KEYS = set(
     "charts/success_once charts/success_at_end charts/episodic_return charts/shaped_return "
     "charts/episodic_length charts/furthest_stage "
-    "stage/0_reach_reached stage/0_reach_steps stage/0_reach_cost "
-    "stage/1_place_reached stage/1_place_steps stage/1_place_cost".split()
+    "stage/0_reach_reached stage/0_reach_steps stage/0_reach_paid stage/0_reach_cost "
+    "stage/1_place_reached stage/1_place_steps stage/1_place_paid stage/1_place_cost".split()
 )
 ONE = slice(0, 1)
 
@@ -54,10 +54,15 @@ def pay(*rewards: float) -> torch.Tensor:
     return torch.tensor(rewards, dtype=torch.float32)
 
 
+def step(statistics, half: slice, env_rewards, rewards, info: dict) -> None:
+    """What the stage reward has paid is what is not the env's own."""
+    statistics.step(half, env_rewards, rewards, rewards - env_rewards, info)
+
+
 def quick_episode(statistics, half: slice, reward: float) -> None:
     """An episode of one step in the only env of `half`, which pays `reward`."""
     statistics.observe(half, state((0, 0.5, 0)))
-    statistics.step(half, pay(reward), pay(reward), end((0, False, 1)))
+    step(statistics, half, pay(reward), pay(reward), end((0, False, 1)))
 
 
 def test_a_row_is_what_the_episode_did():
@@ -65,11 +70,11 @@ def test_a_row_is_what_the_episode_did():
     statistics.begin_round(1)
     # d / L is 1 and 0.5 in "reach", and 0.5 in "place". Then the env succeeds and resets itself.
     statistics.observe(ONE, state((0, 0.5, 0)))
-    statistics.step(ONE, pay(0), pay(0.1), no_end())
+    step(statistics, ONE, pay(0), pay(0.1), no_end())
     statistics.observe(ONE, state((0, 0.25, 1)))
-    statistics.step(ONE, pay(0), pay(0.2), no_end())
+    step(statistics, ONE, pay(0), pay(0.2), no_end())
     statistics.observe(ONE, state((1, 1.0, 2)))
-    statistics.step(ONE, pay(1), pay(0.8), end((2, True, 3)))
+    step(statistics, ONE, pay(1), pay(0.8), end((2, True, 3)))
     # This state is of the next episode.
     statistics.observe(ONE, state((0, 5.0, 0)))
     (row,) = statistics.rows
@@ -82,9 +87,11 @@ def test_a_row_is_what_the_episode_did():
         "charts/furthest_stage": 2,
         "stage/0_reach_reached": 1,
         "stage/0_reach_steps": 2,
+        "stage/0_reach_paid": 0.1 + 0.2,
         "stage/0_reach_cost": 0.75,
         "stage/1_place_reached": 1,
         "stage/1_place_steps": 1,
+        "stage/1_place_paid": 0.8 - 1,
         "stage/1_place_cost": 0.5,
     }
     assert expected.keys() == KEYS
@@ -97,12 +104,12 @@ def test_success_on_the_way_counts_as_success_once_and_as_no_stage():
     statistics = EpisodeStatistics(STAGES, 1, gamma=1.0)
     statistics.begin_round(1)
     statistics.observe(ONE, state((1, 1.0, 0)))
-    statistics.step(ONE, pay(1), pay(1), no_end())
+    step(statistics, ONE, pay(1), pay(1), no_end())
     statistics.observe(ONE, state((2, 7.0, 1)))
-    statistics.step(ONE, pay(0), pay(0), no_end())
+    step(statistics, ONE, pay(0), pay(0), no_end())
     # The object has fallen back into the first stage.
     statistics.observe(ONE, state((0, 1.0, 2)))
-    statistics.step(ONE, pay(0), pay(0), end((2, False, 3)))
+    step(statistics, ONE, pay(0), pay(0), end((2, False, 3)))
     (row,) = statistics.rows
     assert row["charts/success_once"] == 1 and row["charts/success_at_end"] == 0
     assert row["stage/0_reach_steps"] == 1 and row["stage/0_reach_cost"] == 2
@@ -118,9 +125,9 @@ def test_only_the_first_episodes_of_each_env_count():
     statistics.observe(second, state((0, 0.5, 0)))
     for reward in (1, 2, 4, 8):
         quick_episode(statistics, first, reward)
-        statistics.step(second, pay(10), pay(0), no_end())
+        step(statistics, second, pay(10), pay(0), no_end())
         statistics.observe(second, state((1, 2.0, 1)))
-    statistics.step(second, pay(10), pay(0), end((1, False, 5)))
+    step(statistics, second, pay(10), pay(0), end((1, False, 5)))
     returns = [row["charts/episodic_return"] for row in statistics.rows]
     assert returns == [1, 2, 50]
     # Of env 1 all steps count, and none of env 0's.
@@ -135,7 +142,7 @@ def test_both_envs_of_a_half_may_end_in_one_step():
     half = slice(1, 3)
     statistics.begin_round(1)
     statistics.observe(half, state((0, 1.0, 0), (1, 1.0, 0)))
-    statistics.step(half, pay(1, 2), pay(3, 4), end((0, False, 1), (1, False, 1)))
+    step(statistics, half, pay(1, 2), pay(3, 4), end((0, False, 1), (1, False, 1)))
     returns = [row["charts/episodic_return"] for row in statistics.rows]
     shaped = [row["charts/shaped_return"] for row in statistics.rows]
     costs = [row["stage/0_reach_cost"] for row in statistics.rows]
@@ -143,7 +150,7 @@ def test_both_envs_of_a_half_may_end_in_one_step():
     assert costs[0] == 2 and math.isnan(costs[1])
     # Their next episodes do not count any more, and env 0 still has its own to come.
     statistics.observe(half, state((0, 1.0, 0), (1, 1.0, 0)))
-    statistics.step(half, pay(1, 2), pay(3, 4), end((0, False, 1), (1, False, 1)))
+    step(statistics, half, pay(1, 2), pay(3, 4), end((0, False, 1), (1, False, 1)))
     assert len(statistics.rows) == 2
     quick_episode(statistics, ONE, 5)
     assert [row["charts/episodic_return"] for row in statistics.rows] == [1, 2, 5]
@@ -155,7 +162,7 @@ def test_a_round_begins_with_nothing():
     statistics.begin_round(1)
     quick_episode(statistics, ONE, 1)
     statistics.observe(ONE, state((0, 0.5, 0)))
-    statistics.step(ONE, pay(100), pay(100), no_end())
+    step(statistics, ONE, pay(100), pay(100), no_end())
     statistics.observe(ONE, state((1, 1.0, 1)))
     statistics.begin_round(1)
     assert statistics.rows == []
@@ -206,9 +213,9 @@ def test_a_stage_that_was_never_entered_has_no_cost():
     assert means["stage/1_place_steps"] == 0
 
     statistics.observe(ONE, state((1, 1.0, 0)))
-    statistics.step(ONE, pay(0), pay(0), end((1, False, 1)))
+    step(statistics, ONE, pay(0), pay(0), end((1, False, 1)))
     statistics.observe(ONE, state((1, 3.0, 0)))
-    statistics.step(ONE, pay(0), pay(0), end((1, False, 1)))
+    step(statistics, ONE, pay(0), pay(0), end((1, False, 1)))
     assert len(statistics.rows) == 3
     statistics.end_round([statistics.rows[1:]], 1)
     means = statistics.means()
@@ -241,7 +248,7 @@ def test_the_shaped_return_telescopes(won):
             info = no_end(2)
             if t == T - 1:
                 info = end((1, won, T), (1, won, T))
-            statistics.step(both, paid[t], shaped[t], info)
+            step(statistics, both, paid[t], shaped[t], info)
         discounts = gamma ** torch.arange(T)
         own = (discounts[:, None] * paid).sum(0)
         final = torch.zeros(2) if won else gamma**T * phi[-1]

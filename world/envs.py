@@ -5,6 +5,7 @@ ones in processes. Everything is a tensor with one row per env.
 Letters: N envs, K stages, A numbers of an action. Units: metres, radians; world frame.
 """
 
+import copy
 import logging
 import os
 from pathlib import Path
@@ -209,7 +210,8 @@ class StageEnv:
         # Contact forces are those of the last physics step, which is of the episode before.
         self.state["grasped"][index] = False
         self.object_start[index] = self.state["object"][index]
-        return self.observation(obs), self.infos(self.base.evaluate()["success"])
+        self.seen = (self.observation(obs), self.infos(self.base.evaluate()["success"]))
+        return self.seen
 
     def show_goal(self, obs: dict) -> dict:
         """Makes visible what ManiSkill hides, PickCube's goal, and takes the observation again.
@@ -237,6 +239,7 @@ class StageEnv:
         self.furthest = torch.maximum(self.furthest, infos["stage"])
         infos["furthest_stage"] = self.furthest.clone()
 
+        self.seen = (obs, infos)
         if not self.dense:
             reward = success.float()
         terminated = success & self.terminate_on_success
@@ -245,8 +248,8 @@ class StageEnv:
         if done.any():
             final = {"final_obs": obs, "final_info": infos}
             obs, infos = self.reset(env_idx=done.nonzero()[:, 0])
-            infos |= final
-        infos["_final_info"] = done
+            infos = infos | final
+        infos = infos | {"_final_info": done}
         return obs, reward, terminated, truncated, infos
 
     def send(self, half: slice, actions: Tensor) -> None:
@@ -264,6 +267,47 @@ class StageEnv:
     def close(self) -> None:
         """Ends the simulator."""
         self.env.close()
+
+    # ---- one state, again and again ----
+    def save(self) -> dict:
+        """The present state of one env on a CPU, for `restore`."""
+        assert self.num_envs == 1 and self.backend == "cpu", "one env on a CPU"
+        return copy.deepcopy(
+            {
+                "simulator": self.base.scene.px.pack(),
+                # An arm that follows a target goes on from that target, not from where it is.
+                "controllers": self.base.agent.controller.get_state(),
+                "elapsed_steps": self.base.elapsed_steps,
+                "next_seed": self.next_seed,
+                "furthest": self.furthest,
+                "object_start": self.object_start,
+                "state": self.state,
+                "seen": self.seen,
+            }
+        )
+
+    def restore(self, saved: dict) -> tuple[State, State]:
+        """Goes back to a state that this env, or another one of its task, has saved.
+
+        Returns the observation and infos that the other env returned there. Contact forces are no
+        part of the state, so what comes next may differ by some 0.1 mm from what came next there.
+        """
+        saved = copy.deepcopy(saved)
+        obs, infos = saved["seen"]
+        if int(self.seeds[0]) != int(infos["seed"][0]):
+            # The sizes of the objects belong to the episode.
+            self.reset(int(infos["seed"][0]))
+        self.base.scene.px.unpack(saved["simulator"])
+        # LeanEnv keeps the grasps of the state before.
+        getattr(self.base.agent, "grasps", {}).clear()
+        self.base.agent.controller.set_state(saved["controllers"])
+        self.base._elapsed_steps[:] = saved["elapsed_steps"]
+        self.next_seed = saved["next_seed"]
+        self.furthest = saved["furthest"]
+        self.object_start = saved["object_start"]
+        self.state = saved["state"]
+        self.seen = (obs, infos)
+        return self.seen
 
     # ---- what is seen and what is known ----
     def observe_state(self, state: dict) -> State:

@@ -16,8 +16,14 @@ class EpisodeStatistics:
     this rule a round would report its quick episodes, which are the successes.
     """
 
-    def __init__(self, stage_table: tuple[Stage, ...], num_envs: int, gamma: float):
-        """stage_table: the K stages of the task. gamma: discounts the shaped return."""
+    def __init__(
+        self, stage_table: tuple[Stage, ...], num_envs: int, gamma: float, num_moved: int = 0
+    ):
+        """stage_table: the K stages of the task. gamma: discounts the shaped return.
+
+        num_moved: how many of the last envs begin in later stages. They count nowhere.
+        """
+        self.num_counted = num_envs - num_moved
         K = len(stage_table)
         self.stage_names = [stage.name for stage in stage_table]
         self.lengths = torch.tensor([stage.length for stage in stage_table])
@@ -27,6 +33,10 @@ class EpisodeStatistics:
         self.steps = torch.zeros(num_envs, K)
         # Sums of d_k / L_k over the steps in stage k.
         self.costs = torch.zeros(num_envs, K)
+        # What the stage reward has paid for the steps in stage k.
+        self.paid = torch.zeros(num_envs, K)
+        # The stage in which each env acts now, K at success.
+        self.stage = torch.zeros(num_envs, dtype=torch.long)
         # gamma to the power of each env's present step.
         self.discounts = torch.ones(num_envs)
         # How many more episodes of each env count in this round.
@@ -37,35 +47,46 @@ class EpisodeStatistics:
 
     def begin_round(self, episodes_per_env: int) -> None:
         """All envs were reset. 0 episodes per env: a resumed run waits for the next round."""
-        self.left[:] = episodes_per_env
+        self.left[: self.num_counted] = episodes_per_env
         self.rows = []
-        for sums in (self.returns, self.shaped_returns, self.steps, self.costs):
+        for sums in self.sums():
             sums.zero_()
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """The sums that begin at 0 with each episode, one row per env."""
+        return self.returns, self.shaped_returns, self.steps, self.costs, self.paid
 
     def observe(self, half: slice, info: State) -> None:
         """Counts the states that the policy acts in next. info: of the envs in `half`."""
         K = len(self.stage_names)
-        member = torch.nn.functional.one_hot(info["stage"].cpu(), K + 1)[:, :K]
+        self.stage[half] = info["stage"].cpu()
+        member = torch.nn.functional.one_hot(self.stage[half], K + 1)[:, :K]
         distance = info["stage_distance"].cpu()[:, None] / self.lengths
         self.steps[half] += member
         self.costs[half] += member * distance
         self.discounts[half] = self.gamma ** info["elapsed_steps"].cpu()
 
-    def step(self, half: slice, env_rewards: Tensor, rewards: Tensor, info: State) -> None:
+    def step(
+        self, half: slice, env_rewards: Tensor, rewards: Tensor, paid: Tensor, info: State
+    ) -> None:
         """Adds what a step has paid, and writes a row for each episode that it has ended.
 
-        env_rewards, rewards: (n,), the env's own and the shaped ones. info: of the envs in `half`.
+        env_rewards, rewards: (n,), the env's own, and those that PPO learns from. paid: (n,), the
+        share of the stage reward in them. info: of the envs in `half`.
         Call it before `observe`, which counts the states that come after the step.
         """
         self.returns[half] += env_rewards.cpu()
         self.shaped_returns[half] += self.discounts[half] * rewards.cpu()
+        K = len(self.stage_names)
+        member = torch.nn.functional.one_hot(self.stage[half], K + 1)[:, :K]
+        self.paid[half] += member * paid.cpu()[:, None]
         for j in info["_final_info"].nonzero()[:, 0].tolist():
             i = half.start + j
             if self.left[i] > 0:
                 ended = {name: values[j] for name, values in info["final_info"].items()}
                 self.rows.append(self.row(i, ended))
             self.left[i] -= 1
-            for sums in (self.returns, self.shaped_returns, self.steps, self.costs):
+            for sums in self.sums():
                 sums[i] = 0
 
     def row(self, i: int, ended: State) -> dict[str, float]:
@@ -83,6 +104,7 @@ class EpisodeStatistics:
         for k, name in enumerate(self.stage_names):
             row[f"stage/{k}_{name}_reached"] = float(furthest > k)
             row[f"stage/{k}_{name}_steps"] = float(self.steps[i, k])
+            row[f"stage/{k}_{name}_paid"] = float(self.paid[i, k])
             # NaN where the stage was never entered.
             row[f"stage/{k}_{name}_cost"] = float(self.costs[i, k] / self.steps[i, k])
         return row

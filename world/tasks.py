@@ -91,6 +91,9 @@ class Task:
     # Reads the simulator: all that `observe_arm` returns, and what else the stages need.
     observe: Callable[[BaseEnv], State]
     max_episode_steps: int
+    # Tbar_k per stage: the median number of steps that the expert takes in it, as measured by
+    # benchmark/expert.py. `--stage-reward paced` needs it.
+    pace: tuple[float, ...] = ()
     # Two views at a right angle, because one shows what the hand hides in the other.
     # (): the env's own camera.
     views: Views = ()
@@ -619,6 +622,7 @@ def bridge(
     clearance: float,
     near: float,
     place_length: float,
+    pace: tuple[float, ...],
     max_episode_steps: int = 60,
     grid: int = 24,
 ) -> Task:
@@ -636,6 +640,7 @@ def bridge(
         ),
         observe=observe_bridge,
         max_episode_steps=max_episode_steps,
+        pace=pace,
         arm=WIDOWX,
         movable=bridge_movable,
         grid=grid,
@@ -693,6 +698,7 @@ TASKS: dict[str, Task] = {
         ),
         observe=observe_pick_cube,
         max_episode_steps=50,
+        pace=(8, 3, 4, 3),
         views=NEAR_VIEWS,
         movable=lambda env: [env.cube, env.goal_site],
     ),
@@ -709,6 +715,7 @@ TASKS: dict[str, Task] = {
         ),
         observe=observe_stack_cube,
         max_episode_steps=50,
+        pace=(9, 3, 7, 4),
         views=around(0.0, 0.06, 0.23),
         wide=True,
         movable=lambda env: [env.cubeA, env.cubeB],
@@ -723,6 +730,7 @@ TASKS: dict[str, Task] = {
         stage_table=push("push"),
         observe=observe_push,
         max_episode_steps=50,
+        pace=(7, 3),
         views=around(0.13, 0.04, 0.22),
         wide=True,
         movable=lambda env: [env.obj, env.goal_region],
@@ -737,6 +745,7 @@ TASKS: dict[str, Task] = {
         stage_table=push("pull"),
         observe=observe_push,
         max_episode_steps=50,
+        pace=(7, 4),
         views=around(-0.13, 0.04, 0.22),
         wide=True,
         movable=lambda env: [env.obj, env.goal_region],
@@ -771,6 +780,7 @@ TASKS: dict[str, Task] = {
         ),
         observe=observe_lift_peg,
         max_episode_steps=50,
+        pace=(8, 4, 12, 3),
         views=around(0.0, 0.13, 0.32),
         wide=True,
         movable=lambda env: [env.peg],
@@ -790,6 +800,7 @@ TASKS: dict[str, Task] = {
         ),
         observe=observe_place_sphere,
         max_episode_steps=50,
+        pace=(8, 3, 7, 5),
         views=NEAR_VIEWS,
         movable=lambda env: [env.obj, env.bin],
     ),
@@ -823,6 +834,7 @@ TASKS: dict[str, Task] = {
         ),
         observe=observe_peg_insertion,
         max_episode_steps=100,
+        pace=(16, 3, 12, 13),
         views=around(0.0, 0.08, 0.36, side=-1),
         wide=True,
         movable=lambda env: [env.peg, env.box],
@@ -838,6 +850,7 @@ TASKS: dict[str, Task] = {
         # Success reaches as far as 0.081 m.
         near=0.085,
         place_length=0.094,
+        pace=(6.5, 3, 4, 6),
     ),
     "PutSpoonOnTableClothInScene-v1": bridge(
         instruction="put the spoon on the towel",
@@ -850,6 +863,7 @@ TASKS: dict[str, Task] = {
         # Success reaches as far as 0.074 m: the spoon may lie over the towel's rim.
         near=0.08,
         place_length=0.09,
+        pace=(6, 4, 4, 3),
     ),
     "StackGreenCubeOnYellowCubeBakedTexInScene-v1": bridge(
         instruction="stack the green block on the yellow block",
@@ -861,6 +875,7 @@ TASKS: dict[str, Task] = {
         clearance=0.05,
         near=0.03,
         place_length=0.028,
+        pace=(6, 3, 7, 3),
     ),
     "PutEggplantInBasketScene-v1": bridge(
         instruction="put eggplant into yellow basket",
@@ -874,6 +889,7 @@ TASKS: dict[str, Task] = {
         near=0.1,
         place_length=0.13,
         max_episode_steps=120,
+        pace=(6, 3, 6, 4),
         grid=64,
     ),
 }

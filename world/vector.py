@@ -10,6 +10,7 @@ import gc
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import unittest.mock
@@ -135,6 +136,25 @@ class ProcessEnv(NoEnv):
         row["infos"] = pack_infos(infos, self.fields)
         return row
 
+    def save_where(self, wanted: list[bool]) -> bytes | None:
+        """The present state, see StageEnv.save. wanted: (N) of all envs."""
+        # Each tensor that is sent as such would keep a file open in the script.
+        return pickle.dumps(self.env.save()) if wanted[self.index] else None
+
+    def go_to(self, targets: list[int | bytes | None]) -> tuple[dict, dict] | None:
+        """Begins an episode, or goes back to a saved state. targets: (N) of all envs.
+
+        Returns observation and infos as arrays.
+        """
+        target = targets[self.index]
+        if target is None:
+            return None
+        if isinstance(target, bytes):
+            obs, infos = self.env.restore(pickle.loads(target))
+        else:
+            obs, infos = self.env.reset(target)
+        return tuple({name: x.numpy() for name, x in seen.items()} for seen in (obs, infos))
+
     def expert_action(self, slip: Tensor) -> np.ndarray:
         """The expert's action (A,). slip: (N,) of all envs."""
         return self.env.expert_action(slip[self.index, None])[0].numpy()
@@ -172,6 +192,12 @@ def make_process_env(env_id: str, index: int, seed: int, kwargs: dict) -> gym.En
     if multiprocessing.parent_process() is None:
         return NoEnv(get_task(env_id), **kwargs)
     return ProcessEnv(env_id, index, seed, **kwargs)
+
+
+def put_row(rows: State, i: int, new: dict[str, np.ndarray]) -> None:
+    """Replaces row i of each tensor. new: of one env."""
+    for name, value in new.items():
+        rows[name][i] = torch.from_numpy(value[0:1])[0]
 
 
 # ---- many envs in processes ----
@@ -284,6 +310,43 @@ class StageVectorEnv:
     def set_next_seeds(self, seeds: list[int]) -> None:
         """The seeds (N) of the episodes that begin when the present ones end."""
         self.call("set_next_seed", seeds)
+
+    def save_where(self, wanted: list[bool]) -> list[bytes | None]:
+        """The present states of the envs where `wanted` (N) is true, see StageEnv.save."""
+        return self.call_some("save_where", wanted, wanted)
+
+    def go_to(
+        self,
+        targets: list[int | bytes | None],
+        obs: State,
+        infos: State,
+        first: int = 0,
+    ) -> None:
+        """Moves some envs to other states, and overwrites their rows of `obs` and `infos`.
+
+        targets: (N). A seed begins an episode, bytes are of `save_where`, None leaves an env alone.
+        first: the number of the env that the first row is of.
+        """
+        moves = [target is not None for target in targets]
+        for i, seen in enumerate(self.call_some("go_to", targets, moves)):
+            if seen:
+                put_row(obs, i - first, seen[0])
+                put_row(infos, i - first, seen[1])
+
+    def call_some(self, name: str, argument: list, needed: list[bool]) -> list:
+        """As `call`, but halves in which no env is needed are not asked: they may be at work.
+
+        needed: (N). Returns N results, None of those that were not asked.
+        """
+        asked = [any(needed[half]) for half in self.halves]
+        for part, is_asked in zip(self.parts, asked):
+            if is_asked:
+                self.ask(part.call_async, name, argument)
+        results = []
+        for part, half, is_asked in zip(self.parts, self.halves, asked):
+            nothing = [None] * (half.stop - half.start)
+            results += self.ask(part.call_wait) if is_asked else nothing
+        return results
 
     def expert_action(self, slip: Tensor) -> Tensor:
         """The expert's actions (N, A), see StageEnv. slip: (N,) long."""
