@@ -398,7 +398,7 @@ class Tree:
 
     seed: int
     # where the present branches begin: the seed of a reset, or a saved state
-    origin: int | bytes
+    origin: int | dict
     stage: int = 0
     # how many branches of this stage have ended
     num_branches: int = 0
@@ -406,7 +406,7 @@ class Tree:
     steps: list[dict] = field(default_factory=list)
     rollouts: list[dict] = field(default_factory=list)
     # the state in which a branch has first entered a later stage, and that stage
-    entered: bytes | None = None
+    entered: dict | None = None
     next_stage: int = 0
 
     def end_branch(self, reached: int, success: bool, num_stages: int) -> None:
@@ -418,7 +418,7 @@ class Tree:
         self.num_branches += 1
         self.steps = []
 
-    def advance(self, branches_per_stage: int) -> int | bytes | None:
+    def advance(self, branches_per_stage: int) -> int | dict | None:
         """Goes on to the next branch, perhaps of the next stage. Returns where it begins.
 
         None: all branches of the stage have ended, and none has entered a later one.

@@ -369,7 +369,7 @@ def test_a_damaged_rollout_is_named(tmp_path):
     for spoil in (spoil_length, spoil_byte):
         np.savez(tmp_path / "3_0.npz", **rollout)
         spoil(tmp_path / "3_0.npz")
-        with pytest.raises(UserError, match="3_0.npz is damaged .*: remove it"):
+        with pytest.raises(UserError, match="3_0.npz is damaged .*: remove .*3_0.npz, --resume"):
             sta_tpo.read_rollouts([tmp_path / "3_0.npz"])
 
 

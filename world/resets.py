@@ -89,7 +89,7 @@ class StageResets:
             self.furthest[half.start + j] = stage
             self.begun[stage] += 1
 
-    def draw(self) -> bytes | None:
+    def draw(self) -> dict | None:
         """A state in which a stage was entered. None: there is none yet."""
         stages = [k for k, pool in enumerate(self.pools) if pool]
         if not stages:

@@ -10,7 +10,6 @@ import gc
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import unittest.mock
@@ -136,12 +135,12 @@ class ProcessEnv(NoEnv):
         row["infos"] = pack_infos(infos, self.fields)
         return row
 
-    def save_where(self, wanted: list[bool]) -> bytes | None:
-        """The present state, see StageEnv.save. wanted: (N) of all envs."""
+    def save_where(self, wanted: list[bool]) -> dict | None:
+        """The present state, see StageEnv.save, as arrays. wanted: (N) of all envs."""
         # Each tensor that is sent as such would keep a file open in the script.
-        return pickle.dumps(self.env.save()) if wanted[self.index] else None
+        return change_leaves(self.env.save(), to_array) if wanted[self.index] else None
 
-    def go_to(self, targets: list[int | bytes | None]) -> tuple[dict, dict] | None:
+    def go_to(self, targets: list[int | dict | None]) -> tuple[dict, dict] | None:
         """Begins an episode, or goes back to a saved state. targets: (N) of all envs.
 
         Returns observation and infos as arrays.
@@ -149,11 +148,11 @@ class ProcessEnv(NoEnv):
         target = targets[self.index]
         if target is None:
             return None
-        if isinstance(target, bytes):
-            obs, infos = self.env.restore(pickle.loads(target))
+        if isinstance(target, dict):
+            seen = self.env.restore(change_leaves(target, to_tensor))
         else:
-            obs, infos = self.env.reset(target)
-        return tuple({name: x.numpy() for name, x in seen.items()} for seen in (obs, infos))
+            seen = self.env.reset(target)
+        return change_leaves(seen, to_array)
 
     def expert_action(self, slip: Tensor) -> np.ndarray:
         """The expert's action (A,). slip: (N,) of all envs."""
@@ -166,6 +165,25 @@ class ProcessEnv(NoEnv):
     def close(self) -> None:
         """Ends the simulator."""
         self.env.close()
+
+
+def change_leaves(x: object, change: Callable) -> object:
+    """A nest of dicts and tuples, in which change(leaf) stands for each leaf."""
+    if isinstance(x, dict):
+        return {name: change_leaves(value, change) for name, value in x.items()}
+    if isinstance(x, tuple):
+        return tuple(change_leaves(value, change) for value in x)
+    return change(x)
+
+
+def to_array(x: object) -> object:
+    """A tensor as an array; anything else as it is."""
+    return x.numpy() if isinstance(x, Tensor) else x
+
+
+def to_tensor(x: object) -> object:
+    """An array as a tensor; anything else as it is."""
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
 def do_nothing() -> None:
@@ -311,20 +329,20 @@ class StageVectorEnv:
         """The seeds (N) of the episodes that begin when the present ones end."""
         self.call("set_next_seed", seeds)
 
-    def save_where(self, wanted: list[bool]) -> list[bytes | None]:
+    def save_where(self, wanted: list[bool]) -> list[dict | None]:
         """The present states of the envs where `wanted` (N) is true, see StageEnv.save."""
         return self.call_some("save_where", wanted, wanted)
 
     def go_to(
         self,
-        targets: list[int | bytes | None],
+        targets: list[int | dict | None],
         obs: State,
         infos: State,
         first: int = 0,
     ) -> None:
         """Moves some envs to other states, and overwrites their rows of `obs` and `infos`.
 
-        targets: (N). A seed begins an episode, bytes are of `save_where`, None leaves an env alone.
+        targets: (N). A seed begins an episode, a dict is of `save_where`, None leaves an env alone.
         first: the number of the env that the first row is of.
         """
         moves = [target is not None for target in targets]
