@@ -77,7 +77,7 @@ from stare_utils import pace_rewards, shape_rewards
 from world.assets import check_world, choose_renderer
 from world.resets import StageResets
 from world.statistics import EpisodeStatistics
-from world.tasks import TRAIN_SEEDS, Task, UserError, env_ids, get_task
+from world.tasks import TRAIN_SEEDS, Task, UserError, env_ids, get_task, require_pace
 from world.vector import make_envs
 
 
@@ -595,6 +595,7 @@ def check_args(args: Args, world_size: int) -> Task:
     }
     check_numbers(asdict(args), least)
     choose_renderer(args.render)
+    args.num_moved = round(args.stage_resets * args.num_envs)
     check_stage_args(args, task)
     # The advantage of a single step has no deviation to normalise by.
     steps = args.num_envs * args.num_steps
@@ -612,7 +613,6 @@ def check_args(args: Args, world_size: int) -> Task:
     horizon = task.max_episode_steps
     args.round_length = math.ceil(horizon / args.num_steps)
     args.episodes_per_round = args.round_length * args.num_steps // horizon
-    args.num_moved = round(args.stage_resets * args.num_envs)
     # A checkpoint at the end of a round can be resumed exactly.
     args.save_freq = math.ceil(args.save_freq / args.round_length) * args.round_length
     if args.num_iterations <= args.critic_warmup:
@@ -633,18 +633,14 @@ def check_stage_args(args: Args, task: Task) -> None:
             "--stage-source learned knows no distances, its Phi is k alone: "
             "leave out --potential, --potential-across-stages, --silent-stages"
         )
-    if args.stage_reward == "paced" and len(task.pace) != len(task.stages):
-        raise UserError(
-            f"--stage-reward paced needs the pace of {args.env_id} in world/tasks.py: "
-            "benchmark/expert.py measures it"
-        )
+    if args.stage_reward == "paced":
+        require_pace(task, "--stage-reward paced")
     if args.stage_resets and (args.backend == "cuda" or args.reward == "dense"):
         raise UserError("--stage-resets needs --backend cpu, and episodes that end at success")
-    num_moved = round(args.stage_resets * args.num_envs)
-    if args.stage_resets and not 0 < num_moved < args.num_envs:
+    if args.stage_resets and not 0 < args.num_moved < args.num_envs:
         raise UserError(
-            f"--stage-resets {args.stage_resets} of {args.num_envs} envs is {num_moved}: at least "
-            "one must begin in a later stage, and one as usual"
+            f"--stage-resets {args.stage_resets} of {args.num_envs} envs is {args.num_moved}: at "
+            "least one must begin in a later stage, and one as usual"
         )
     unknown = set(silent) - set(task.stages)
     if unknown or (silent and args.potential_across_stages != "offset"):

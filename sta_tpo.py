@@ -75,8 +75,8 @@ from plumbing.run import (
 )
 from stare_utils import decode_stages, segment_stages, segment_steps, stage_costs
 from world.assets import check_world, choose_renderer
-from world.tasks import TRAIN_SEEDS, Task, UserError, env_ids, get_task
-from world.vector import make_envs
+from world.tasks import TRAIN_SEEDS, Task, UserError, env_ids, get_task, require_pace
+from world.vector import last_states, make_envs
 
 
 @dataclass
@@ -484,20 +484,6 @@ def sample_trees(
         envs.go_to(targets, obs, info)
 
 
-def last_states(info: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a step's infos: which episodes ended (N,), and stage and success of the states after it.
-
-    Where an episode has ended, these are of its last state.
-    """
-    ended = info["_final_info"]
-    stage = info["stage"].clone()
-    success = torch.zeros_like(ended)
-    if ended.any():
-        stage[ended] = info["final_info"]["stage"][ended]
-        success[ended] = info["final_info"]["success"][ended]
-    return ended, stage, success
-
-
 def stack_steps(steps: list[dict], num_stages: int) -> dict:
     """A roll-out's arrays (T, ...) from its steps."""
     rollout = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
@@ -866,11 +852,8 @@ def check_args(args: Args) -> Task:
             "--branch cuts roll-outs by the rules' stages: "
             "leave out --no-stage-aware and --stage-source learned"
         )
-    if args.branch and len(task.pace) != len(task.stages):
-        raise UserError(
-            f"--branch needs the pace of {args.env_id} in world/tasks.py: "
-            "benchmark/expert.py measures it"
-        )
+    if args.branch:
+        require_pace(task, "--branch")
     if args.cost_coef is None:
         args.cost_coef = 0.01 if args.cost == "sum" else 0.1
     # A person judged the roll-outs of one run, so the verdicts go with its folder.
@@ -902,15 +885,15 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
         lines = record.read_text(errors="replace").split("\n")
         if len(lines) < 2:
             raise UserError(f"{record} is damaged: choose another --output-dir")
-        source, origin, *env_id = lines
+        # Older runs wrote fewer lines.
+        source, origin, env_id, before, *_ = [*lines, "", ""]
         if given and Path(source).resolve() != model_folder(given).resolve():
             raise UserError(
                 f"the roll-outs in {args.output_dir} are those of {source}, not of {given}: "
                 "choose another --output-dir"
             )
         if env_id:
-            run.settings.setdefault("env_id", env_id[0])
-        before = lines[3] if len(lines) > 3 else ""
+            run.settings.setdefault("env_id", env_id)
         if before != sampling(args):
             raise UserError(
                 f"the roll-outs in {args.output_dir} were sampled {before or 'without --branch'}: "

@@ -24,8 +24,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
+from funnel import read_scalars
 from scipy import stats
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from plumbing.checkpoint import model_folder
 from world.tasks import TASKS, get_task
@@ -181,15 +181,11 @@ def env_steps(run: Path) -> int:
 
 def read_curve(run: Path) -> list[list[float]] | None:
     """The curve of a PPO run, from its TensorBoard file. None: the run has no curve."""
-    events = EventAccumulator(str(run)).Reload()
-    tags = events.Tags()["scalars"]
-    if "charts/success_once" not in tags:
+    read = read_scalars(run)
+    if "charts/success_once" not in read:
         return None
     columns = ["charts/success_once", "losses/explained_variance", "losses/advantage_std"]
-    columns += sorted(tag for tag in tags if tag.startswith("stage/") and tag.endswith("_reached"))
-    read = {}
-    for tag in (*columns, "time/rollout", "time/update"):
-        read[tag] = {event.step: event.value for event in events.Scalars(tag)}
+    columns += sorted(tag for tag in read if tag.startswith("stage/") and tag.endswith("_reached"))
     seconds = {}
     elapsed = 0.0
     for step in sorted(read["time/rollout"]):

@@ -324,7 +324,7 @@ def hub_failure(name: str, error: Exception) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_policy(
@@ -368,16 +368,14 @@ def load_separator(
             if (folder / "separator.safetensors").exists():
                 break
             # Each args.json names the policy from which that run started.
-            settings = json.loads((folder / "args.json").read_text())
-            folder = model_folder(settings["checkpoint"])
+            folder = model_folder(read_settings(folder)["checkpoint"])
         # Without a separator at the end of the chain this raises an error.
         weights = load_file(folder / "separator.safetensors", device=str(device))
         num_stages, width = weights["weight"].shape
         separator = nn.Linear(width, num_stages).to(device).requires_grad_(False)
         separator.load_state_dict(weights)
         # The SFT run may have been one of other tasks, whose stages are others.
-        settings = json.loads((folder / "args.json").read_text())
-        env_ids = settings["env_id"].split(",")
+        env_ids = read_settings(folder)["env_id"].split(",")
         return (folder, separator) if env_id in env_ids else None
     # A file on the way may be missing or hold anything.
     except (

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from plumbing import parallel
-from plumbing.checkpoint import ROOT, check_folder, read_settings
+from plumbing.checkpoint import ROOT, check_folder, first_line, read_settings
 from world.tasks import UserError
 
 # The locks that this process holds until it ends, by folder.
@@ -164,5 +164,5 @@ def unusable(run: Path) -> str:
         check_folder(run / "checkpoint")
     # A file may hold anything, so any error may come up.
     except Exception as error:
-        return str(error).partition("\n")[0] or type(error).__name__
+        return first_line(error)
     return ""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from stare_utils import State, Tensor
-from world.vector import StageVectorEnv
+from world.vector import StageVectorEnv, last_states
 
 # States that are kept per stage, the latest ones.
 POOL_SIZE = 32
@@ -49,10 +49,7 @@ class StageResets:
     def receive(self, half: slice) -> tuple[State, Tensor, Tensor, Tensor, dict]:
         """Waits for a step, see StageVectorEnv."""
         obs, reward, terminated, truncated, infos = self.envs.receive(half)
-        ended = infos["_final_info"]
-        stage = infos["stage"]
-        if ended.any():
-            stage = torch.where(ended, infos["final_info"]["stage"], stage)
+        ended, stage, _ = last_states(infos)
         self.keep(half, stage, ended)
         self.begin(half, ended, obs, infos)
         return obs, reward, terminated, truncated, infos

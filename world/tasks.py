@@ -925,6 +925,14 @@ def env_ids(text: str) -> list[str]:
     return ids
 
 
+def require_pace(task: Task, flag: str) -> None:
+    """Raises UserError where a flag needs the task's `pace`, and the table has none."""
+    if len(task.pace) != len(task.stages):
+        raise UserError(
+            f"{flag} needs the pace of this task in world/tasks.py: benchmark/expert.py measures it"
+        )
+
+
 def get_task(env_id: str) -> Task:
     """The entry of one env id or SimplerEnv name. Raises UserError as `env_ids` does."""
     return TASKS[env_ids(env_id)[0]]

@@ -351,7 +351,7 @@ class StageVectorEnv:
                 put_row(obs, i - first, seen[0])
                 put_row(infos, i - first, seen[1])
 
-    def call_some(self, name: str, argument: list, needed: list[bool]) -> list:
+    def call_some(self, name: str, argument, needed: list[bool]) -> list:
         """As `call`, but halves in which no env is needed are not asked: they may be at work.
 
         needed: (N). Returns N results, None of those that were not asked.
@@ -377,12 +377,7 @@ class StageVectorEnv:
 
     def call(self, name: str, argument) -> list:
         """Calls a method of every ProcessEnv with one argument. Returns their N results."""
-        for part in self.parts:
-            self.ask(part.call_async, name, argument)
-        results = []
-        for part in self.parts:
-            results += self.ask(part.call_wait)
-        return results
+        return self.call_some(name, argument, [True] * self.num_envs)
 
     def ask(self, method: Callable, *inputs, **kwargs):
         """Calls a method of a half. All processes end where it raises.
@@ -426,6 +421,20 @@ class StageVectorEnv:
 
 
 # ---- what scripts use ----
+def last_states(info: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Which episodes a step has ended (n,), and stage and success (n,) of the states it led to.
+
+    info: of the step. Where it has ended an episode, it has led to the episode's last state.
+    """
+    ended = info["_final_info"]
+    stage = info["stage"].clone()
+    success = torch.zeros_like(ended)
+    if ended.any():
+        stage[ended] = info["final_info"]["stage"][ended]
+        success[ended] = info["final_info"]["success"][ended]
+    return ended, stage, success
+
+
 def make_envs(
     env_id: str,
     num_envs: int,
