@@ -185,6 +185,23 @@ def test_stages_of_pick_cube(changes, stage):
     assert stage_of("PickCube-v1", pick_cube_state(**changes)) == stage
 
 
+@pytest.mark.parametrize("env_id", TASKS)
+def test_reach_holds_the_turn_that_the_tool_lacks(env_id):
+    """Where a grip waits for a turn, the turn must pay. Elsewhere it must not cost anything."""
+    reach = TASKS[env_id].stage_table[0].distance
+    straight = reach(pick_cube_state(yaw_error=0.0))
+    turns = (0.3, -0.3)
+    lacking = [(reach(pick_cube_state(yaw_error=turn)) - straight).item() for turn in turns]
+    any_side = ("PickCube-v1", "PlaceSphere-v1", "PushCube-v1", "PullCube-v1")
+    assert lacking == pytest.approx([0.0 if env_id in any_side else 0.03] * 2, abs=1e-6)
+
+
+def test_align_holds_the_turn_from_peg_to_hole():
+    align = TASKS["PegInsertionSide-v1"].stage_table[2].distance
+    state = {"aside": torch.tensor([0.02]), "peg_turn": torch.tensor([[0.0, 0.3, 0.4]])}
+    assert align(state).item() == pytest.approx(0.02 + 0.1 * 0.5)
+
+
 @pytest.mark.parametrize(
     ("env_id", "near"),
     [

@@ -40,6 +40,9 @@ HOVER = 0.08
 CENTRED = 0.01
 # Metres: a grasped object that has moved this far is being transported.
 LIFT = 0.03
+# Metres per radian: how much a missing turn counts in a stage distance. The arms turn 0.1 to 0.3
+# rad in a step, in which they move 2 to 5 cm.
+TURN = 0.1
 
 
 class UserError(Exception):
@@ -235,6 +238,11 @@ def to_grip(state: State) -> Tensor:
     return state["to_grip"]
 
 
+def to_turned_grip(state: State) -> Tensor:
+    """(N,) metres: tool to grip, and the turn about the vertical that the tool lacks."""
+    return state["to_grip"] + TURN * state["yaw_error"].abs()
+
+
 def to_goal(state: State) -> Tensor:
     """(N,) metres: object to goal."""
     return state["to_goal"]
@@ -309,11 +317,17 @@ def release(state: State) -> Tensor:
 
 
 # ---- stages that several tasks share ----
-def pick(reach_length: float, grasp_length: float, lift: float = 0.06) -> tuple[Stage, ...]:
+def pick(
+    reach_length: float,
+    grasp_length: float,
+    lift: float = 0.06,
+    reach: Callable[[State], Tensor] = to_turned_grip,
+) -> tuple[Stage, ...]:
     """Two stages: an object is reached from above and grasped.
 
     reach_length, grasp_length: L_k of the two stages (m). lift: how far above the grip the tool
-    rises while the fingers close (m), so it never stands still.
+    rises while the fingers close (m), so it never stands still. reach: d_k of the first stage;
+    `to_grip` where the object can be held from any side.
     """
 
     def close_and_rise(state: State) -> Tensor:
@@ -325,7 +339,7 @@ def pick(reach_length: float, grasp_length: float, lift: float = 0.06) -> tuple[
         Stage(
             name="reach",
             entry=None,
-            distance=to_grip,
+            distance=reach,
             length=reach_length,
             target=hover,
             gripper=gripper(1.0),
@@ -592,6 +606,11 @@ def aligned(state: State) -> Tensor:
     return on_axis & (norm(state["peg_turn"]) < 0.15)
 
 
+def left_to_align(state: State) -> Tensor:
+    """(N,) metres: head or centre of the peg to the hole's axis, and the turn that it lacks."""
+    return state["aside"] + TURN * norm(state["peg_turn"])
+
+
 # ---- SimplerEnv's tasks ----
 def observe_bridge(env: BaseEnv) -> State:
     """The source object is at its goal when its lower side is on the target's upper side."""
@@ -635,7 +654,7 @@ def bridge(
         instruction=instruction,
         paraphrases=paraphrases,
         stage_table=(
-            *pick(0.165, 0.055, 0.03),
+            *pick(0.22, 0.055, 0.03),
             *place_on(0.155, place_length, clearance, near),
         ),
         observe=observe_bridge,
@@ -678,7 +697,7 @@ TASKS: dict[str, Task] = {
             "take the cube to the ball",
         ),
         stage_table=(
-            *pick(0.17, 0.08),
+            *pick(0.17, 0.08, reach=to_grip),
             Stage(
                 name="transport",
                 entry=lifted,
@@ -710,7 +729,7 @@ TASKS: dict[str, Task] = {
             "pile red on green",
         ),
         stage_table=(
-            *pick(0.2, 0.08),
+            *pick(0.25, 0.08),
             *place_on(0.17, 0.04, clearance=0.03, near=0.03),
         ),
         observe=observe_stack_cube,
@@ -795,7 +814,7 @@ TASKS: dict[str, Task] = {
             "move the blue ball to the bin",
         ),
         stage_table=(
-            *pick(0.17, 0.08),
+            *pick(0.17, 0.08, reach=to_grip),
             *place_on(0.15, 0.03, clearance=0.03, near=0.02),
         ),
         observe=observe_place_sphere,
@@ -812,12 +831,12 @@ TASKS: dict[str, Task] = {
             "plug the peg into the box",
         ),
         stage_table=(
-            *pick(0.25, 0.08),
+            *pick(0.33, 0.08),
             Stage(
                 name="align",
                 entry=lifted,
-                distance=lambda state: state["aside"],
-                length=0.13,
+                distance=left_to_align,
+                length=0.2,
                 target=before_hole,
                 gripper=gripper(-1.0),
                 turn=turn_peg,
@@ -887,7 +906,7 @@ TASKS: dict[str, Task] = {
         clearance=0.1,
         # Success comes before the eggplant lies in the basket.
         near=0.1,
-        place_length=0.13,
+        place_length=0.2,
         max_episode_steps=120,
         pace=(6, 3, 6, 4),
         grid=64,
