@@ -97,20 +97,20 @@ class Args:
     demo_path: str = ""
     """ManiSkill .h5 with its .json beside it, one per task with commas between them; empty: the
     scripted expert makes `num_demos` demonstrations"""
-    num_demos: int = 1000
+    num_demos: int = 100
     """demonstrations of each task that the expert makes, or the most to read from --demo-path"""
-    demo_speed: float = 0.4
-    """largest share of the expert's largest step along each axis: demonstrations are slow, as
-    people's are; 1 is the expert itself"""
+    demo_speed: float = 0.7
+    """largest share of the expert's largest step along each axis: people are slower than a script;
+    1 is the expert itself"""
     demo_noise: float = 0.1
     """deviation of the noise on the executed motion, in shares of the largest step, on a random
     half of the steps; labels stay clean (DART, Laskey 2017)"""
     demo_slip: float = 0.02
     """chance per step that the expert plays a wrong stage for 3 to 8 steps, for example closes on
     air or drops the object; the label stays the right action"""
-    demo_pause: float = 0.04
+    demo_pause: float = 0.0
     """chance per step that the expert stands still for 2 to 6 steps, as people do. Pauses are
-    labels too: imitation copies them, reinforcement removes them"""
+    labels too: imitation copies them"""
     demo_twist: int = 0
     """a demonstration begins with up to this many steps in which the tool turns to a random side.
     Otherwise the tool's own pose may tell how the object lies, and the policy need not look"""

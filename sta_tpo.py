@@ -147,7 +147,7 @@ class Args:
     L_k; 1e9: only completion makes pairs"""
     branch_patience: float = 2.0
     """a branch ends after this many times the expert's steps in its stage; more for a policy that
-    was taught to be slower, as by sft.py's default --demo-speed"""
+    was taught to be slower, as by sft.py's --demo-speed 0.4"""
     blame_steps: int = 0
     """of a loser that did not complete its stage, only the last steps, this many, enter q: those
     before them may have been right; 0: all steps"""

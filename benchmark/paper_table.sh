@@ -110,7 +110,8 @@ imitate() {
           ;;
       esac
       run sft.py --env-id "$ENV_ID" --output-dir "$own" --resume --num-demos "$DEMOS" \
-        --num-updates "$UPDATES" --num-eval-episodes 0 ${SFT_FLAGS:-}
+        --demo-speed 0.4 --demo-pause 0.04 --num-updates "$UPDATES" --num-eval-episodes 0 \
+        ${SFT_FLAGS:-}
     fi
   fi
   [ -f "$own/results.json" ] ||

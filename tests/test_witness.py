@@ -521,6 +521,15 @@ def test_advice_on_slow_demonstrations_is_one_that_applies(tmp_path, capsys):
     assert "a higher --demo-speed" in capsys.readouterr().out
 
 
+def test_says_which_demonstrations_are_left_unread(own_file, own, capsys):
+    """--num-demos has a default, and a file may hold more."""
+    one = read_demos(own_file, ENV_ID, 1)
+    assert 0 < len(one[0]) < len(own[0])
+    assert f"{own_file}: read 1 episodes, not the 1 after them" in capsys.readouterr().out
+    read_demos(own_file, ENV_ID, 2)
+    assert "not the" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("mode", "words"),
     [

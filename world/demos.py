@@ -365,8 +365,9 @@ def read_episodes(
     simulator = None
     frames = []
     lost = 0
-    for entry in entries:
+    for i, entry in enumerate(entries):
         if len(frames) == num_demos:
+            print(f"{path}: read {num_demos} episodes, not the {len(entries) - i} after them")
             break
         # The arrays of failed episodes need no look.
         if truth(entry.get("success")) is False:
