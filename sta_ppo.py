@@ -13,7 +13,7 @@ It is step 3 of IPI: sft.py (imitation), sta_tpo.py (preference), sta_ppo.py (in
            + c_v * mean (V - return)^2 / 2 + c_kl * mean (log pi - log pi_start)^2 / 2
 
 r' is the paper's stage reward with three changes: the term k, the scale of phi_k, and Phi = 0 at
-success. docs/sta_ppo.md says why. --stage-reward has two more forms.
+success. docs/sta_ppo.md says why. --stage-reward has three more forms.
 The ratio is that of the whole action. Its log-probability is the sum over the action's tokens.
 
 What differs from CleanRL's ppo.py:
@@ -119,11 +119,11 @@ class Args:
     """stare: success plus the stage reward. sparse: success alone, which is plain PPO. dense:
     ManiSkill's normalized_dense, which pays every step. Its episodes go on after success. It is
     divided by the horizon, so that an episode pays at most 1"""
-    stage_reward: Literal["shaping", "progress", "paced"] = "shaping"
+    stage_reward: Literal["shaping", "gain", "progress", "paced"] = "shaping"
     """shaping: w * (gamma * Phi(s') - Phi(s)) with Phi = 0 at success, which never changes the
-    optimal policy. progress: the same without that exception. paced: each stage pays once, when it
-    is completed, and a quick one pays more. Under progress and paced the horizon ends the task, and
-    the critic sees the time"""
+    optimal policy. gain: w * (Phi(s') - Phi(s)) with Phi = K at success. progress: as gain, with
+    gamma. paced: each stage pays once, when it is completed, and a quick one pays more. Under
+    progress and paced the horizon ends the task, and the critic sees the time"""
     shaping_weight: float = -1.0
     """w; a negative number means 1 / K, which keeps w * Phi in [0, 1]; 0 equals --reward sparse bit
     for bit"""
@@ -385,7 +385,8 @@ class StageReward:
     """STARE: what the stage reward pays for a step, in the form of --stage-reward.
 
     shaping   w * (gamma * Phi(s') - Phi(s)), Phi = 0 at success (Ng, Harada, Russell 1999)
-    progress  the same without that exception: Phi stays at success
+    gain      w * (Phi(s') - Phi(s)), Phi = K at success: a step pays at once for what it gains
+    progress  w * (gamma * Phi(s') - Phi(s)), Phi = K at success
     paced     w / (1 + T_k / Tbar_k), once, when stage k is completed. T_k: the steps in it,
               Tbar_k: the expert's
     """
@@ -395,7 +396,7 @@ class StageReward:
         self.weight = weight
         self.gamma = args.gamma
         # Progress that an episode has at the horizon is its own, so no value is added there.
-        self.horizon_ends = weight > 0 and self.form != "shaping"
+        self.horizon_ends = weight > 0 and self.form in ("progress", "paced")
         self.horizon = task.max_episode_steps
         self.stages = task.stages
         self.pace = torch.tensor(task.pace, device=device)
@@ -435,10 +436,11 @@ class StageReward:
             self.furthest[half] = torch.where(entered, next_stage, furthest)
             self.steps[half] = torch.where(entered, 0, self.steps[half])
             return reward
+        gamma = 1.0 if self.form == "gain" else self.gamma
         # Phi counts as 0 in these states.
         terminal = success & (self.form == "shaping")
         no_reward = torch.zeros_like(phi)
-        return shape_rewards(no_reward, phi, next_phi, terminal, self.gamma, self.weight)
+        return shape_rewards(no_reward, phi, next_phi, terminal, gamma, self.weight)
 
 
 class RuleStages:

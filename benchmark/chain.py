@@ -29,7 +29,8 @@ WEIGHT = 1 / K
 PACE = (2.0, 3.0, 4.0)
 MOVES = (-1, 0, 1)
 TASK = types.SimpleNamespace(stages=("a", "b", "c"), pace=PACE, max_episode_steps=H)
-# Under "shaping" an episode that is truncated would have gone on, so the horizon is far away.
+# Under these forms an episode that is truncated would have gone on: the horizon is far away.
+BOOTSTRAPPED = ("shaping", "gain")
 FAR = 200
 
 
@@ -83,14 +84,14 @@ def action_values(
 
 def advantages(form: str, x: int) -> list[float]:
     """A of each move of the weak policy at position x, in an episode's first step."""
-    left = FAR if form == "shaping" else H
+    left = FAR if form in BOOTSTRAPPED else H
     state = (form, x, x // 2, 0, left, True)
     return [q - value(*state) for q in action_values(*state).values()]
 
 
 def main() -> None:
     """Prints a table per form."""
-    for form in ("shaping", "progress", "paced"):
+    for form in ("shaping", "gain", "progress", "paced"):
         print(f"{form}: advantage of the moves {MOVES} at each position")
         for x in range(END):
             print(

@@ -3,8 +3,8 @@
 #
 #   STEPS=300000 benchmark/stage_forms.sh [ENV_ID]
 #
-# The imitation has 50 demonstrations that do not pause. Then python benchmark/funnel.py
-# runs/*__forms prints the curves. Resumable. METHODS: sparse, shaping, progress, paced, resets
+# The imitation has 100 demonstrations (DEMOS). Then python benchmark/funnel.py runs/*__forms
+# prints the curves. Resumable. METHODS: sparse, shaping, gain, progress, paced, resets
 # (paced with a quarter of the envs in later stages), tpo, branch (equal env steps are up to STATES).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 ENV_ID=${1:-StackCube-v1}
 SEED=${SEED:-1}
 STEPS=${STEPS:-300000}
-METHODS=${METHODS:-sparse paced progress shaping}
+METHODS=${METHODS:-sparse gain paced progress shaping}
 of() { echo "runs/${ENV_ID}__$1__${SEED}__forms"; }
 
 # run METHOD SCRIPT FLAGS...: trains and evaluates, unless the results are there already
@@ -26,7 +26,7 @@ run() {
   "$PYTHON" eval.py --checkpoint "$folder" --num-eval-episodes 200
 }
 
-run sft sft.py --num-demos 50 --demo-pause 0 --demo-speed 1 --num-updates "${UPDATES:-1500}"
+run sft sft.py --num-demos "${DEMOS:-100}"
 FROM=(--checkpoint "$(of sft)")
 PPO=(sta_ppo.py "${FROM[@]}" --total-timesteps "$STEPS" --no-anneal-lr)
 for METHOD in $METHODS; do

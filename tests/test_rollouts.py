@@ -266,6 +266,24 @@ def test_ppo_shapes_and_bootstraps_with_the_true_next_state(
     check_logged_means(run, rows)
 
 
+def test_ppo_pays_what_a_step_gains_and_goes_on_at_the_horizon(ppo, envs, monkeypatch):
+    """Env 0 succeeds, where Phi is K. Env 1 is truncated, where V is bootstrapped."""
+    task = dataclasses.replace(TASK, max_episode_steps=38)
+    monkeypatch.setitem(TASKS, "PickCube-v1", task)
+    trace, seen, _ = record_ppo(envs, monkeypatch)
+    ppo("run", 1, 38, *"--shaping-weight 0.5 --gamma 0.9 --stage-reward gain".split())
+    endings = torch.stack([step[2] for step in trace[1:39]])
+    assert torch.equal(seen["terminated"], endings)
+    assert not torch.equal(endings, seen["done"]), "no episode was truncated"
+    for t, (_, env_reward, _, _, infos) in enumerate(trace[1:39]):
+        done = seen["done"][t]
+        phi = infos["potential"].clone()
+        if done.any():
+            phi[done] = infos["final_info"]["potential"][done]
+        paid = 0.5 * (phi - trace[t][-1]["potential"])
+        assert torch.allclose(seen["rewards"][t], env_reward + paid, atol=1e-6), t
+
+
 @pytest.mark.parametrize("form", ["progress", "paced"])
 def test_ppo_pays_by_progress_or_pace_and_ends_at_the_horizon(
     form, ppo, envs, checkpoint, monkeypatch

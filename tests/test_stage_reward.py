@@ -1,4 +1,4 @@
-"""The three forms of the stage reward, on the chain of states of benchmark/chain.py."""
+"""The four forms of the stage reward, on the chain of states of benchmark/chain.py."""
 
 import json
 import sys
@@ -15,6 +15,7 @@ from world.tasks import TASKS
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 from chain import (
+    BOOTSTRAPPED,
     END,
     FAR,
     GAMMA,
@@ -48,12 +49,36 @@ def test_progress_teaches_it_to_go_on():
             assert qs[1] - value("progress", x, 0, 0, left, True) > 1e-3
 
 
-def test_progress_pays_how_far_an_episode_has_come():
-    """V = w * (gamma^left * E[Phi at the end] - Phi), for a policy that never succeeds."""
+def weak_chances() -> torch.Tensor:
+    """The weak policy's transitions, (END + 1, END + 1)."""
     chances = torch.zeros(END + 1, END + 1, dtype=torch.float64)
     for x in range(END):
         for move, chance in weak_policy(x).items():
             chances[x, max(x + move, 0)] += chance
+    return chances
+
+
+def test_gain_teaches_it_to_go_on():
+    for x in range(END - 1):
+        back, stay, on = advantages("gain", x)
+        assert on > max(stay, back, 0.01)
+
+
+def test_gain_pays_the_potential_of_the_steps_ahead():
+    """V = w * ((1 - gamma) * sum over t >= 1 of gamma^(t-1) * E[Phi_t] - Phi_0)."""
+    chances = weak_chances()
+    phi = torch.arange(END + 1, dtype=torch.float64) / 2
+    ahead = torch.zeros_like(phi)
+    for t in range(1, FAR + 1):
+        ahead += (1 - GAMMA) * GAMMA ** (t - 1) * chances.matrix_power(t) @ phi
+    for x in range(END):
+        expected = WEIGHT * float(ahead[x] - phi[x])
+        assert value("gain", x, 0, 0, FAR, True) == pytest.approx(expected, abs=1e-5)
+
+
+def test_progress_pays_how_far_an_episode_has_come():
+    """V = w * (gamma^left * E[Phi at the end] - Phi), for a policy that never succeeds."""
+    chances = weak_chances()
     phi = torch.arange(END + 1, dtype=torch.float64) / 2
     for left in range(1, H + 1):
         expected = WEIGHT * (GAMMA**left * chances.matrix_power(left) @ phi - phi)
@@ -71,16 +96,23 @@ def test_paced_teaches_it_to_complete_a_stage():
             assert qs[1] - value(*state) > 1e-3
 
 
-@pytest.mark.parametrize("form", ["shaping", "progress", "paced"])
+@pytest.mark.parametrize("form", ["shaping", "gain", "progress", "paced"])
 def test_the_best_policy_of_the_chain_is_the_same_under_all_forms(form):
     for x in range(END):
         for steps in range(3):
-            left = FAR if form == "shaping" else END - x
+            left = FAR if form in BOOTSTRAPPED else END - x
             qs = action_values(form, x, x // 2, steps, left, weak=False)
             assert max(qs, key=qs.get) == 1, x
 
 
 # ---- sums over an episode ----
+def test_gains_add_up_to_the_way_made():
+    """A way back costs what the way there paid."""
+    path = [0, 1, 2, 1, 2, 3, 2, 1]
+    paid = [step("gain", x, 0, 0, after - x)[0] for x, after in zip(path, path[1:])]
+    assert sum(paid) == pytest.approx(WEIGHT * (path[-1] - path[0]) / 2, abs=1e-6)
+
+
 @pytest.mark.parametrize("form", ["shaping", "progress"])
 def test_discounted_sums_telescope(form):
     path = [0, 1, 2, 1, 2, 3, 4, 5, 6]
