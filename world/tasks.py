@@ -906,7 +906,7 @@ TASKS: dict[str, Task] = {
         clearance=0.1,
         # Success comes before the eggplant lies in the basket.
         near=0.1,
-        place_length=0.2,
+        place_length=0.13,
         max_episode_steps=120,
         pace=(6, 3, 6, 4),
         grid=64,
