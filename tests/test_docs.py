@@ -21,6 +21,7 @@ import sft
 import sta_ppo
 import sta_tpo
 from world.demos import read_demos
+from world.tasks import TASKS
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import links
@@ -88,6 +89,15 @@ def test_flags_in_the_docs_exist(page):
                 continue
             field = flag.removeprefix("no-").replace("-", "_")
             assert field in SCRIPTS[name].Args.__dataclass_fields__, f"{name}.py --{flag}"
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_the_length_scales_of_the_page_are_those_of_the_task(env_id):
+    page = (ROOT / "docs" / "tasks.md").read_text()
+    section = page.split(f"### {env_id}\n")[1].split("\n##")[0]
+    rows = re.findall(r"^\| (\w+) \|.*\| ([\d.]+) \|$", section, re.M)
+    expected = [(stage.name, f"{stage.length:g}") for stage in TASKS[env_id].stage_table]
+    assert rows == expected
 
 
 def test_every_file_is_described(sft_run, tpo_run, ppo_run):
