@@ -29,8 +29,7 @@ WEIGHT = 1 / K
 PACE = (2.0, 3.0, 4.0)
 MOVES = (-1, 0, 1)
 TASK = types.SimpleNamespace(stages=("a", "b", "c"), pace=PACE, max_episode_steps=H)
-# Under these forms an episode that is truncated would have gone on: the horizon is far away.
-BOOTSTRAPPED = ("shaping", "gain")
+# Where the horizon does not end the task, an episode that is truncated would have gone on.
 FAR = 200
 
 
@@ -84,7 +83,7 @@ def action_values(
 
 def advantages(form: str, x: int) -> list[float]:
     """A of each move of the weak policy at position x, in an episode's first step."""
-    left = FAR if form in BOOTSTRAPPED else H
+    left = H if stage_reward(form).horizon_ends else FAR
     state = (form, x, x // 2, 0, left, True)
     return [q - value(*state) for q in action_values(*state).values()]
 
