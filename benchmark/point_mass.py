@@ -2,10 +2,9 @@
 
     python benchmark/point_mass.py --stage-reward gain --seed 1
 
-A policy is cloned from a few episodes of an expert, and then trained by PPO. Stages, stage reward
-and advantages are the real ones: PickCube's stage table, sta_ppo.py's `StageReward` and
-`compute_gae`. A million env steps take two minutes on one core. A point mass is not a robot: this
-says which form to try first, no more.
+A policy is cloned from a few episodes of an expert, and then trained by PPO. Stages, stage reward,
+advantages and loss are the real ones: PickCube's stage table and sta_ppo.py's functions. A million
+env steps take minutes on one core. A point mass is not a robot: this says which form to try first.
 Letters: T steps of a roll-out, N envs, D numbers of an observation.
 """
 
@@ -33,6 +32,8 @@ HORIZON = TASK.max_episode_steps
 # Metres: how far an action of 1 moves the tool.
 STEP = 0.05
 EVERY_ENV = slice(0, NUM_ENVS)
+# Env steps of a roll-out.
+BATCH = 2 * HORIZON * NUM_ENVS
 
 
 class PointMass:
@@ -186,8 +187,9 @@ def roll_out(env: PointMass, agent: Agent, stage_reward: sta_ppo.StageReward) ->
     for _ in range(2 * HORIZON):
         x = see()
         _, phi, _ = env.signals()
-        action = agent.actions(x).sample()
-        logprob = agent.actions(x).log_prob(action).sum(1)
+        actions = agent.actions(x)
+        action = actions.sample()
+        logprob = actions.log_prob(action).sum(1)
         env.step(action)
         stage, next_phi, success = env.signals()
         reward = success + stage_reward(EVERY_ENV, phi, next_phi, stage, success)
@@ -207,16 +209,13 @@ def update(agent: Agent, optimizer: torch.optim.Adam, rows: list, args, train_po
     advantage, returns = sta_ppo.compute_gae(
         reward, value, next_value, terminated, done, args.gamma, args.gae_lambda
     )
-    advantage = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).flatten()
+    advantage = sta_ppo.normalize(advantage.flatten(), None)
     x, action = x.flatten(0, 1), action.flatten(0, 1)
     logprob, returns = logprob.flatten(), returns.flatten()
-    size = len(returns)
     for _ in range(4):
-        for mb in torch.randperm(size).split(size // 8):
-            ratio = (agent.actions(x[mb]).log_prob(action[mb]).sum(1) - logprob[mb]).exp()
-            gain = advantage[mb] * ratio
-            clipped = advantage[mb] * ratio.clamp(0.8, 1.2)
-            policy_loss = -torch.min(gain, clipped).mean()
+        for mb in torch.randperm(BATCH).split(BATCH // 8):
+            logratio = agent.actions(x[mb]).log_prob(action[mb]).sum(1) - logprob[mb]
+            policy_loss = sta_ppo.ppo_loss(logratio, advantage[mb], clip_coef=0.2)
             value_loss = 0.5 * (agent.values(x[mb]) - returns[mb]).square().mean()
             loss = train_policy * policy_loss + 0.5 * value_loss
             optimizer.zero_grad()
@@ -231,7 +230,7 @@ def main(
     num_steps: int = 1_000_000,
     num_demos: int = 4,
 ) -> None:
-    """Prints success over the last 500 training episodes. With 4 demonstrations it begins at 0."""
+    """Prints success over the last 500 training episodes, from 4 demonstrations near 0 at first."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     sparse = stage_reward == "sparse"
@@ -250,10 +249,11 @@ def main(
     while steps < num_steps:
         rows, successes = roll_out(env, agent, paying)
         # Two roll-outs warm the critic up.
-        update(agent, optimizer, rows, args, train_policy=steps >= 4 * HORIZON * NUM_ENVS)
-        steps += 2 * HORIZON * NUM_ENVS
+        update(agent, optimizer, rows, args, train_policy=steps >= 2 * BATCH)
+        steps += BATCH
         recent = (recent + successes)[-500:]
-        if steps % 51_200 < 2 * HORIZON * NUM_ENVS:
+        # Every eighth roll-out.
+        if steps % (8 * BATCH) == 0:
             share = sum(recent) / len(recent)
             print(f"{stage_reward} seed {seed} step {steps} success {share:.3f}", flush=True)
 

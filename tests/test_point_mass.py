@@ -1,4 +1,4 @@
-"""benchmark/point_mass.py: the test bed is a task that its expert solves and that stages describe."""
+"""benchmark/point_mass.py: its expert solves the task, and the stages describe it."""
 
 import sys
 
