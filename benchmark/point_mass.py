@@ -4,7 +4,8 @@
 
 A policy is cloned from a few episodes of an expert, and then trained by PPO. Stages, stage reward,
 advantages and loss are the real ones: PickCube's stage table and sta_ppo.py's functions. A million
-env steps take minutes on one core. A point mass is not a robot: this says which form to try first.
+env steps take about a minute on one core. A point mass is not a robot: this says which form to try
+first. LOG.md has the results.
 Letters: T steps of a roll-out, N envs, D numbers of an observation.
 """
 
