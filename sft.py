@@ -132,6 +132,9 @@ class Args:
     """the gradient's norm is clipped to this, over all parameters together"""
 
     # the loss
+    image_shift: int = 4
+    """each image of a batch is moved by up to this many pixels along both axes, a new shift each
+    time (DrQ, Yarats 2021): few demonstrations show few places"""
     label_jitter: float = 4.0
     """deviation, in bins, of noise on each target except the gripper's: a soft target over
     neighbouring bins, for a policy that explores"""
@@ -514,9 +517,8 @@ def main(args: Args) -> None:  # noqa: PLR0915
             texts = [instructions[i] for i in frames.task[chunk]]
             # All tasks share one normalisation of the proprioception.
             proprio_stats = all_stats[0].get("proprio")
-            inputs = processor(
-                frames.rgb[chunk], texts, frames.proprio[chunk], proprio_stats, device
-            )
+            rgb = vla.shift_images(frames.rgb[chunk], args.image_shift, generator)
+            inputs = processor(rgb, texts, frames.proprio[chunk], proprio_stats, device)
             logprob, _, hidden, likeliest = action_logprob(
                 model, inputs, chunk_bins.to(device), active
             )

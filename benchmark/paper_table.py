@@ -5,7 +5,7 @@
     python benchmark/paper_table.py RUN=IPI-sum@ipi       # a run under the name METHOD@BUDGET
 
 Of two rows with the same task, method, budget and seed, the newer one counts.
-benchmark/paper_table.sh makes the runs. Other runs need a name, as in the third line.
+benchmark/table.sh and paper_table.sh make the runs. Other runs need a name, as in the third line.
 
 A row is the result row of eval.py. `successes` replaces its episodes: one 0 or 1 per evaluation
 seed. A PPO run adds `curve`, one list per update:
@@ -201,6 +201,9 @@ def row_of(run: Path) -> dict:
     """The row of a run's folder."""
     row = json.loads((run / "results.json").read_text())
     row["env_steps"] = env_steps(run)
+    budget = row["method"].partition("@")[2]
+    if budget in ("flagship", "deciding"):
+        row["table"] = budget
     episodes = sorted(row.pop("episodes"), key=lambda episode: episode["seed"])
     row["successes"] = "".join(str(int(episode["success_once"])) for episode in episodes)
     curve = read_curve(run)

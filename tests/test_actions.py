@@ -142,6 +142,27 @@ def test_blurred_bins_are_the_label_and_its_neighbours_and_no_end_is_favoured():
     assert torch.equal(same, labels[None])
 
 
+def test_shifted_images_are_windows_of_the_image_with_its_edge_repeated():
+    largest = 2
+    images = torch.arange(3 * 5 * 7 * 3, dtype=torch.uint8).reshape(3, 5, 7, 3).repeat(40, 1, 1, 1)
+    shifted = vla.shift_images(images, largest, torch.Generator().manual_seed(0))
+    assert shifted.dtype == torch.uint8
+    found = set()
+    for image, moved in zip(images.numpy(), shifted.numpy(), strict=True):
+        padded = np.pad(image, [(largest, largest), (largest, largest), (0, 0)], "edge")
+        windows = [
+            (row, column)
+            for row, column in np.ndindex(2 * largest + 1, 2 * largest + 1)
+            if (padded[row : row + 5, column : column + 7] == moved).all()
+        ]
+        assert len(windows) == 1
+        found.update(windows)
+    # Every shift is drawn, to both sides.
+    assert len(found) == (2 * largest + 1) ** 2
+    unmoved = vla.shift_images(images, 0, torch.Generator())
+    assert torch.equal(unmoved, images)
+
+
 def test_demonstrations_that_move_further_than_the_expert_are_not_clipped():
     """SimplerEnv's controller takes metres, and the expert's steps end at 5 cm."""
     env_id = "PutCarrotOnPlateInScene-v1"
