@@ -9,8 +9,8 @@
 #       whether stages help: the forms of the stage reward and of the pairs, from one weak imitation
 #
 # Both begin with the shipped policy, or train one where none is shipped, or with FRESH=1.
-# SEEDS are training seeds, METHODS some of the methods below, STEPS the env steps of PPO in the
-# deciding table. python benchmark/funnel.py runs/*__deciding prints the stages' curves.
+# SEEDS are training seeds, METHODS some of the methods below, STEPS and PPO_FLAGS the env steps and
+# sta_ppo.py's flags in the deciding table, DEMOS the demonstrations of an imitation. python benchmark/funnel.py runs/*__deciding prints the stages' curves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Idle OpenMP threads must not take the cores from the env processes.
@@ -72,7 +72,9 @@ from pathlib import Path; from paper_table import env_steps; print(env_steps(Pat
 ALL=(PickCube-v1 StackCube-v1 LiftPegUpright-v1 PushCube-v1 PullCube-v1 PlaceSphere-v1
   PutSpoonOnTableClothInScene-v1 PutCarrotOnPlateInScene-v1 PutEggplantInBasketScene-v1
   StackGreenCubeOnYellowCubeBakedTexInScene-v1 PegInsertionSide-v1)
-PPO=(sta_ppo.py --total-timesteps "$STEPS" --no-anneal-lr)
+# Twice the default's batch and a smaller rate: on StackCube-v1 the default's steps are too noisy.
+PPO_FLAGS=${PPO_FLAGS:---num-envs 16 --learning-rate 3e-5}
+PPO=(sta_ppo.py --total-timesteps "$STEPS" --no-anneal-lr $PPO_FLAGS)
 for ENV_ID in "${@:-${ALL[@]}}"; do
   imitate
   for SEED in $SEEDS; do
