@@ -34,6 +34,7 @@ import vla
 from plumbing.checkpoint import (
     check_instructions,
     command_line,
+    given_policy,
     load_policy,
     load_separator,
     read_settings,
@@ -522,7 +523,8 @@ def main(args: Args) -> None:
         return
     if args.vla and not (args.env_id and args.output_dir):
         raise UserError("--vla needs --env-id, and --output-dir for the results")
-    if not (args.vla or args.checkpoint):
+    given = given_policy(args.checkpoint, args.vla)
+    if not given:
         raise UserError(
             "--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote"
         )
@@ -531,7 +533,7 @@ def main(args: Args) -> None:
 
     # ---- load ----
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    model, processor, folder = load_policy(args.vla or args.checkpoint, device)
+    model, processor, folder = load_policy(given, device)
     # An OpenVLA's norm_stats name its data sets too.
     known = list(model.config.norm_stats)
     tasks = env_ids(args.env_id or ",".join([name for name in known if name in TASKS] or known))

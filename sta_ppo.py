@@ -17,7 +17,8 @@ success. docs/sta_ppo.md says why. --stage-reward has three more forms.
 The ratio is that of the whole action. Its log-probability is the sum over the action's tokens.
 
 What differs from CleanRL's ppo.py:
-- A truncated episode is bootstrapped with the value of its final observation.
+- A truncated episode is bootstrapped with the value of its final observation, except where the
+  horizon ends the task (--stage-reward progress and paced).
 - Advantages are normalised once over the whole buffer, not in each minibatch.
 - Logged losses are means over the update, not those of the last minibatch.
 - The critic has a warm-up and a learning rate of its own. Its loss is not clipped.
@@ -26,11 +27,12 @@ What differs from CleanRL's ppo.py:
 docs/sta_ppo.md compares with RL4VLA.
 
 Comments that begin with STARE show where stages enter PPO. What a stage pays follows from its
-`distance`, `length` and `pace` in world/tasks.py. The formulas are in stare_utils.py.
+`distance` and `length`, and from the task's `pace`, in world/tasks.py. The formulas are in
+stare_utils.py.
 A new task is an entry of TASKS in world/tasks.py (docs/tasks.md) and needs nothing here. Imitate it
 first with sft.py.
 Letters: T steps of a roll-out, N envs, n some of the envs, B length of a batch, A action tokens,
-D hidden width, K stages.
+D hidden width, K stages, H steps of the longest episode (the horizon).
 """
 
 import math
@@ -56,6 +58,7 @@ from eval import evaluate
 from plumbing import parallel
 from plumbing.checkpoint import (
     fingerprint,
+    given_policy,
     load_policy,
     model_folder,
     require_separator,
@@ -117,13 +120,13 @@ class Args:
     # the reward
     reward: Literal["stare", "sparse", "dense"] = "stare"
     """stare: success plus the stage reward. sparse: success alone, which is plain PPO. dense:
-    ManiSkill's normalized_dense, which pays every step. Its episodes go on after success. It is
-    divided by the horizon, so that an episode pays at most 1"""
+    ManiSkill's normalized_dense over the horizon, so that an episode pays at most 1; its episodes
+    go on after success"""
     stage_reward: Literal["shaping", "gain", "progress", "paced"] = "shaping"
     """shaping: w * (gamma * Phi(s') - Phi(s)) with Phi = 0 at success, which never changes the
     optimal policy. gain: w * (Phi(s') - Phi(s)) with Phi = K at success. progress: as gain, with
     gamma. paced: each stage pays once, when it is completed, and a quick one pays more. Under
-    progress and paced the horizon ends the task, and the critic sees the time"""
+    progress and paced a truncation counts as a termination, and the critic sees the time"""
     shaping_weight: float = -1.0
     """w; a negative number means 1 / K, which keeps w * Phi in [0, 1]; 0 equals --reward sparse bit
     for bit"""
@@ -134,9 +137,9 @@ class Args:
     silent_stages: str = ""
     """stages, with commas between them, whose distance pays nothing: Phi = k inside them"""
     stage_resets: float = 0.0
-    """share of the envs whose episodes begin in a later stage, where some episode has entered it.
-    Stages that are seldom completed are drawn more often. These envs count in no statistic. A run
-    with them is not resumed bit for bit"""
+    """share of the envs that begin in a later stage, in a state in which an earlier episode entered
+    it. Stages that are seldom completed are drawn more often. These envs count in no statistic of
+    episodes. A run with them is not resumed bit for bit"""
     stage_advantage: bool = False
     """normalise advantages within each stage instead of over the whole buffer"""
     stage_source: Literal["rules", "learned"] = "rules"
@@ -291,7 +294,7 @@ class ValueHead(nn.Module):
     """V(s) from the hidden state that predicts the first action token, (B, D) -> (B,).
 
     The last layer starts at zero, so V = 0 everywhere. clock: (B,) t / H where the horizon ends the
-    task, because V depends on the time that is left there (Pardo et al. 2018); else 0.
+    task, else 0. There V depends on the time that is left (Pardo et al. 2018).
     """
 
     def __init__(self, width: int):
@@ -334,10 +337,10 @@ class Buffers:
         # PPO's old log-probabilities, one per action
         self.logprobs = torch.zeros(T, N, device=device)
         self.rewards = torch.zeros(T, N, device=device)
-        # Step t has ended the task, so no value comes after it.
+        # GAE adds no V after step t.
         self.terminated = torch.zeros(T, N, dtype=torch.bool, device=device)
-        # Step t has ended the episode by success or at the horizon. (In CleanRL dones[t] is about
-        # step t - 1.)
+        # Step t has ended the episode by success or at the horizon, and the env has begun another.
+        # (In CleanRL dones[t] is about step t - 1.)
         self.done = torch.zeros(T, N, dtype=torch.bool, device=device)
         # V of the final observation, where step t has ended the episode
         self.final_values = torch.zeros(T, N, device=device)
@@ -371,7 +374,7 @@ class Buffers:
             buffer[0] = buffer[-1]
 
     def reset(self, envs, seed: int, stage_of, stage_reward: "StageReward") -> dict:
-        """Starts all episodes. Env i's has the seed + i. Returns their infos."""
+        """Starts all episodes, in env i with seed + i. Returns their infos."""
         # Training seeds are below TRAIN_SEEDS, evaluation seeds are not.
         obs, info = envs.reset(seed=seed % (TRAIN_SEEDS - envs.num_envs))
         stage, phi = stage_of(obs, info)
@@ -387,15 +390,15 @@ class StageReward:
     shaping   w * (gamma * Phi(s') - Phi(s)), Phi = 0 at success (Ng, Harada, Russell 1999)
     gain      w * (Phi(s') - Phi(s)), Phi = K at success: a step pays at once for what it gains
     progress  w * (gamma * Phi(s') - Phi(s)), Phi = K at success
-    paced     w / (1 + T_k / Tbar_k), once, when stage k is completed. T_k: the steps in it,
-              Tbar_k: the expert's
+    paced     w / (1 + T_k / Tbar_k), once, when stage k is completed. T_k: the steps since it was
+              entered, Tbar_k: the expert's
     """
 
     def __init__(self, args: Args, task: Task, weight: float, device: torch.device):
         self.form = args.stage_reward
         self.weight = weight
         self.gamma = args.gamma
-        # Progress that an episode has at the horizon is its own, so no value is added there.
+        # What these forms have paid is kept at the horizon. A bootstrapped V would pay for more.
         self.horizon_ends = weight > 0 and self.form in ("progress", "paced")
         self.horizon = task.max_episode_steps
         self.stages = task.stages
@@ -406,7 +409,7 @@ class StageReward:
 
     def begin(self, half: slice, began: torch.Tensor, stages: torch.Tensor) -> None:
         """Episodes begin in the envs of `half` where `began` (n,) is true, in `stages` (n,)."""
-        # An episode that begins in success begins in its first stage.
+        # An episode that begins in success, which is stage K, begins in stage 0.
         stages = stages % len(self.stages)
         self.furthest[half] = torch.where(began, stages, self.furthest[half])
         self.steps[half] = torch.where(began, 0, self.steps[half])
@@ -414,7 +417,9 @@ class StageReward:
     def clock(self, info: dict) -> torch.Tensor:
         """What the critic sees of the time, (n,): see ValueHead. info: of the states."""
         elapsed = info["elapsed_steps"].to(self.steps.device)
-        return elapsed / self.horizon if self.horizon_ends else 0.0 * elapsed
+        if self.horizon_ends:
+            return elapsed / self.horizon
+        return torch.zeros(len(elapsed), device=elapsed.device)
 
     def __call__(
         self,
@@ -431,16 +436,14 @@ class StageReward:
             self.steps[half] += 1
             furthest = self.furthest[half]
             reward = pace_rewards(furthest, self.steps[half], next_stage, self.pace, self.weight)
-            # `furthest` is a view of what the next lines change.
             entered = next_stage > furthest
-            self.furthest[half] = torch.where(entered, next_stage, furthest)
             self.steps[half] = torch.where(entered, 0, self.steps[half])
+            self.furthest[half] = furthest.maximum(next_stage)
             return reward
         gamma = 1.0 if self.form == "gain" else self.gamma
-        # Phi counts as 0 in these states.
-        terminal = success & (self.form == "shaping")
+        zero_phi = success & (self.form == "shaping")
         no_reward = torch.zeros_like(phi)
-        return shape_rewards(no_reward, phi, next_phi, terminal, gamma, self.weight)
+        return shape_rewards(no_reward, phi, next_phi, zero_phi, gamma, self.weight)
 
 
 class RuleStages:
@@ -554,8 +557,7 @@ def kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor) -> torch.Tensor:
     """mean (log pi - log pi_ref)^2 / 2 on the roll-out's actions, both (B,).
 
     On actions that pi itself has sampled, its gradient is the gradient of KL(pi || pi_ref). Its
-    value is another number. (The common estimator r - 1 - log r with r = pi_ref / pi estimates the
-    value of KL(pi || pi_ref), but its gradient is the gradient of KL(pi_ref || pi).)
+    value is another number (docs/sta_ppo.md).
     """
     assert logprob.shape == ref_logprob.shape, "shapes differ: this would broadcast"
     return 0.5 * (logprob - ref_logprob).square().mean()
@@ -637,8 +639,16 @@ def check_stage_args(args: Args, task: Task) -> None:
         )
     if args.stage_reward == "paced":
         require_pace(task, "--stage-reward paced")
+    other_phi = silent or args.potential != "sigmoid" or args.potential_across_stages != "offset"
+    if args.stage_reward == "paced" and other_phi:
+        raise UserError(
+            "--stage-reward paced pays no potential: "
+            "leave out --potential, --potential-across-stages, --silent-stages"
+        )
     if args.stage_resets and (args.backend == "cuda" or args.reward == "dense"):
-        raise UserError("--stage-resets needs --backend cpu, and episodes that end at success")
+        raise UserError("--stage-resets needs --backend cpu, and not --reward dense")
+    if args.stage_resets and args.stage_source == "learned":
+        raise UserError("--stage-resets goes by the rules: leave out --stage-source learned")
     if args.stage_resets and not 0 < args.num_moved < args.num_envs:
         raise UserError(
             f"--stage-resets {args.stage_resets} of {args.num_envs} envs is {args.num_moved}: at "
@@ -654,13 +664,12 @@ def reward_weights(args: Args, task: Task) -> tuple[float, float]:
     """Weight w of the stage reward, and the scale of the env's own reward."""
     K = len(task.stages)
     if args.reward == "dense":
-        # Unscaled, V would be far above 1, and its loss would drown the policy's loss in the
-        # gradient's norm.
+        # Unscaled, the value loss would fill the clipped gradient.
         return 0.0, 1 / task.max_episode_steps
     if args.reward == "sparse":
         return 0.0, 1.0
-    # STARE: the weight of the stage reward. At success the shaping term is -w * Phi(s_t), because
-    # Phi of a terminal state is 0. With w = 1 / K the reward 1 - w * Phi is never negative there.
+    # STARE: the weight of the stage reward. At success `shaping` pays -w * Phi(s_t), because Phi of
+    # a terminal state is 0. With w = 1 / K the reward 1 - w * Phi is never negative there.
     weight = args.shaping_weight if args.shaping_weight >= 0 else 1 / K
     largest_phi = K if args.potential_across_stages == "offset" else 1
     drops = args.stage_reward == "shaping" and weight * largest_phi > 1
@@ -677,7 +686,7 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
 
     Raises UserError where a resumed run was begun from another policy.
     """
-    given = args.vla or args.checkpoint
+    given = given_policy(args.checkpoint, args.vla)
     if not run.state:
         source = given or find_checkpoint(args.env_id, ("sta_tpo", "sft"))
         return source, fingerprint(model_folder(source))
@@ -801,8 +810,8 @@ def kl_weight(args: Args, iteration: int) -> float:
 def reset_momentum(optimizer) -> None:
     """Sets Adam's momentum to zero, which the untrained critic has shaped."""
     for moments in optimizer.state.values():
-        # Adam's step count stays, so bias correction does not scale the new momentum up. The next
-        # ten steps or so are small.
+        # Adam's step count stays, so nothing scales the new momentum up. The next ten steps or so
+        # are small.
         moments["exp_avg"].zero_()
 
 
@@ -823,6 +832,8 @@ def result_settings(args: Args, weight: float, source: str, env_steps: int, wall
         method = f"STA-PPO-{args.stage_reward}"
     if args.reward == "dense":
         method = "PPO-dense"
+    if args.num_moved:
+        method += "-resets"
     return {
         **asdict(args),
         "checkpoint": str(source),
@@ -938,6 +949,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     )
     iteration = resumed_at
     # Inside the loop a signal waits until the update is saved. Then Stop.hold ends the script.
+    # Otherwise it returns what it is given.
     while Stop.hold(iteration < args.num_iterations):
         # The same seed, update and process give the same random numbers, also after a resume.
         torch.manual_seed((args.seed * 1_000_003 + iteration) * world_size + rank)
@@ -958,7 +970,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             statistics.observe(slice(0, N), reset_info)
         else:
             buf.carry_last_state()
-        # Each pass of the loop first receives the result of step t - 1, then acts for step t.
+        # Each pass first receives the result of step t - 1 into row t - 1, and the state it led to
+        # into row t. Then it acts for step t.
         for t in range(T + 1):
             for half in envs.halves:
                 if t > 0:
@@ -978,12 +991,14 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     paid = stage_reward(
                         half, buf.potentials[t - 1, half], next_phi, next_stage, success
                     )
+                    # The next episode begins only now, after the last step of this one was paid.
                     stage_reward.begin(half, done, stage)
-                    reward = reward_scale * env_reward.to(device) + paid
                     # put_state has checked that phi has one number per env.
                     assert env_reward.shape == paid.shape == done.shape == phi.shape
+                    reward = reward_scale * env_reward.to(device) + paid
                     buf.rewards[t - 1, half] = reward
                     buf.done[t - 1, half] = done
+                    # STARE: under progress and paced a truncation counts as a termination.
                     buf.terminated[t - 1, half] = done if stage_reward.horizon_ends else success
                     statistics.step(half, env_reward, reward, paid, info)
                     statistics.observe(half, info)
@@ -999,11 +1014,10 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     envs.send(half, codec.actions(buf.bins[t, half]))
 
         # ---- advantages: V is bootstrapped after a truncation, not after a termination ----
-        # Where the horizon ends the task, its truncation counts as a termination.
         inputs = codec.inputs(buf.obs_at(T, slice(None)))
         buf.values[T] = value_of(model, value_head, inputs, buf.clock[T])
-        # V of the true next state. At an episode's end it is V of the final observation, else the
-        # value in the next row, of which the last one is row T.
+        # V of the true next state: of the final observation at an episode's end, else of the next
+        # row.
         next_values = torch.where(buf.done, buf.final_values, buf.values[1:])
         advantages, returns = compute_gae(
             buf.rewards,
@@ -1072,8 +1086,9 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                         entropy=entropy.mean(),
                         **ratio_metrics(logratio.detach(), args.clip_coef),
                     )
+                    # No minibatch is finished, so the policy is still the roll-out's: only rounding
+                    # differs.
                     if not metrics.minibatches:
-                        # First minibatch: the policy is the roll-out's, so only rounding differs.
                         largest_logratio = logratio.detach().abs().max().maximum(largest_logratio)
                 trained = [*params, *value_head.parameters()]
                 parallel.sum_over_processes([p.grad for p in trained])
@@ -1084,7 +1099,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             if args.target_kl is not None and metrics.last("approx_kl") > args.target_kl:
                 break
         model.eval()
-        # `iteration` counts this update from here on.
+        # From here on `iteration` is the number of finished updates.
         iteration += 1
         if iteration == args.critic_warmup:
             reset_momentum(optimizer)

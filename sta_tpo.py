@@ -55,6 +55,7 @@ from eval import evaluate
 from plumbing import parallel
 from plumbing.checkpoint import (
     fingerprint,
+    given_policy,
     load_policy,
     model_folder,
     require_separator,
@@ -876,7 +877,7 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
 
     Raises UserError where a resumed run was begun from another policy or for another task.
     """
-    given = args.vla or args.checkpoint
+    given = given_policy(args.checkpoint, args.vla)
     source = ""
     origin = ""
     record = run.folder / "source.txt"

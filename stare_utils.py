@@ -167,7 +167,7 @@ def shape_rewards(
     gamma: float,
     weight: float,
 ) -> Tensor:
-    """The paper's stage reward r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)).
+    """The stage reward r'_t = r_t + w * (gamma * Phi(s_{t+1}) - Phi(s_t)).
 
     It is potential-based shaping (Ng, Harada, Russell 1999). All tensors have one shape, (T, N) or
     (N,). next_potentials[t] is Phi of the true next state: at an episode's end that of its final
@@ -189,10 +189,11 @@ def pace_rewards(
     """w / (1 + T_k / Tbar_k) for the step that completes stage k, once in an episode; else 0.
 
     All (N,), but pace: (K,) Tbar_k. furthest: k, the largest stage before this step. steps: T_k,
-    those in it with this one. next_stage: where the step leads. A skipped stage pays nothing.
+    since k was entered, this one included. next_stage: where the step leads. A skipped stage pays
+    nothing.
     """
     assert furthest.shape == steps.shape == next_stage.shape, "one number per env"
-    # Nothing follows stage K, which is success.
+    # Stage K is success. Nothing follows it, so any pace will do there.
     k = furthest.clamp(max=len(pace) - 1)
     pays = weight / (1 + steps / pace[k])
     completes = next_stage > furthest

@@ -327,6 +327,13 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def given_policy(checkpoint: str, vla_source: str) -> str:
+    """The policy of --checkpoint or --vla, "" without either. Raises UserError for both."""
+    if checkpoint and vla_source:
+        raise UserError("--checkpoint and --vla name two policies: leave one of them out")
+    return checkpoint or vla_source
+
+
 def load_policy(
     checkpoint: str,
     device: torch.device,

@@ -110,6 +110,8 @@ def test_a_policy_behind_which_there_is_no_separator(script, copy, refuses):
             ["--silent-stages", "reach", "--potential-across-stages", "bare"],
         ),
         ("knows no distances", ["--silent-stages", "reach", "--stage-source", "learned"]),
+        ("pays no potential", ["--silent-stages", "reach", "--stage-reward", "paced"]),
+        ("pays no potential", ["--potential", "linear", "--stage-reward", "paced"]),
     ],
 )
 def test_stages_that_cannot_be_silent(words, args, checkpoint, refuses):
@@ -215,6 +217,12 @@ def test_missing_checkpoint(script, tmp_path, refuses):
         demos = write_demos(tmp_path / "demos.h5")
         flags = ["--vla", tmp_path / "nowhere", "--demo-path", demos]
     refuses(script, "no checkpoint at", *flags)
+
+
+@pytest.mark.parametrize("script", ["sta_tpo", "sta_ppo", "eval"])
+def test_two_policies(script, checkpoint, refuses):
+    flags = ["--checkpoint", checkpoint, "--vla", "openvla/openvla-7b", "--env-id", "PickCube-v1"]
+    refuses(script, "two policies", *flags)
 
 
 def test_no_checkpoint_to_be_found(tmp_path, monkeypatch):

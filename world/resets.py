@@ -30,7 +30,8 @@ class StageResets:
         self.moved = range(envs.num_envs - num_moved, envs.num_envs)
         self.rng = np.random.default_rng(seed)
         self.furthest = torch.zeros(envs.num_envs, dtype=torch.long)
-        # Per stage: states in which it was entered, how often it was begun, and completed.
+        # Per stage: states in which it was entered, how often it was begun, and completed. The last
+        # entry of `begun` is success.
         self.pools = [deque(maxlen=POOL_SIZE) for _ in range(envs.num_stages)]
         self.begun = np.zeros(envs.num_stages + 1)
         self.completed = np.zeros(envs.num_stages)
@@ -71,9 +72,9 @@ class StageResets:
         self.furthest[half] = torch.maximum(self.furthest[half], stage)
 
     def begin(self, half: slice, begins: Tensor, obs: State, infos: dict) -> None:
-        """Moves the envs of `half` that begin an episode, where it is their turn.
+        """Moves those of the last envs that begin an episode.
 
-        begins: (n,) bool. obs, infos: of the envs in `half`.
+        begins: (n,) bool, of the envs in `half`. obs, infos: of the same, changed in place.
         """
         targets = [None] * self.num_envs
         for j in begins.nonzero()[:, 0].tolist():
@@ -81,7 +82,7 @@ class StageResets:
                 targets[half.start + j] = self.draw()
         self.envs.go_to(targets, obs, infos, half.start)
         for j in begins.nonzero()[:, 0].tolist():
-            # An episode that begins in success begins in its first stage.
+            # An episode that begins in success, which is stage K, begins in stage 0.
             stage = infos["stage"][j] % self.envs.num_stages
             self.furthest[half.start + j] = stage
             self.begun[stage] += 1
