@@ -31,6 +31,7 @@ import torch
 import tyro
 
 import vla
+from plumbing.card import CARD_NAME, model_card
 from plumbing.checkpoint import (
     check_instructions,
     command_line,
@@ -47,6 +48,7 @@ from plumbing.report import (
     read_results,
     result_table,
     separator_line,
+    success_line,
     write_if_possible,
     write_summary,
     write_text,
@@ -577,6 +579,9 @@ def main(args: Args) -> None:
             means, env_id, trained, args.method, args.ood, texts[env_id], commit, seconds
         )
         report(output, suffix, result, trained, films)
+        # The card of a run's own checkpoint says how good it is, under the training conditions.
+        if trained and output == folder.parent and not suffix:
+            write_text(folder / CARD_NAME, model_card(trained, success_line(result)))
 
 
 if __name__ == "__main__":

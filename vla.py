@@ -24,8 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -46,7 +44,13 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import is_peft_available, is_vision_available
 from transformers.utils import logging as transformers_logging
+
+# A checkpoint holds a copy of this file. It acts without PEFT, which LoRA alone needs.
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
 Tensor = torch.Tensor
 
@@ -681,6 +685,31 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             past_key_values=cache if use_cache else None,
         )
 
+    @torch.no_grad()
+    def predict_action(self, unnorm_key: str, **inputs: Tensor) -> Tensor:
+        """Greedy actions (B, A) in the env's own units, as the published model's function.
+
+        unnorm_key: an entry of `norm_stats`, here a task. inputs: what the processor returns.
+        Each token takes a whole pass. `sample_action` in the scripts keeps keys and values.
+        """
+        stats = self.config.norm_stats[unnorm_key]["action"]
+        n_bins = self.config.n_action_bins
+        end = self.config.action_id_end
+        ids = inputs["input_ids"]
+        mask = inputs["attention_mask"]
+        for constant in constant_dims(stats):
+            bins = torch.full_like(ids[:, :1], n_bins // 2)
+            if not constant:
+                seen = {**inputs, "input_ids": ids, "attention_mask": mask}
+                logits = self(**seen, logits_to_keep=1).logits[:, -1, end - n_bins : end]
+                # The flip puts bin 0 first.
+                bins = logits.flip(-1).argmax(-1, keepdim=True)
+            # Bin b is token id end - 1 - b.
+            ids = torch.cat([ids, end - 1 - bins], 1)
+            mask = torch.cat([mask, torch.ones_like(bins)], 1)
+        action_ids = ids[:, inputs["input_ids"].shape[1] :]
+        return detokenize_actions(end - 1 - action_ids, stats, n_bins)
+
     @classmethod
     def from_pretrained(cls, folder, *inputs, output_loading_info: bool = False, **kwargs):
         """As in transformers, except that every weight of the model must come from the files.
@@ -717,7 +746,7 @@ class OpenVLAForActionPrediction(PreTrainedModel):
             if ".lora_" not in name:
                 state[name.replace(".base_layer.", ".")] = weight
         for name, module in self.named_modules():
-            if isinstance(module, LoraLayer):
+            if hasattr(module, "get_delta_weight"):
                 weight = state[f"{name}.weight"]
                 # The sum is taken in float32, so a bfloat16 weight is rounded once.
                 merged = weight.float() + module.get_delta_weight("default")
@@ -772,7 +801,7 @@ class LowRank(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def lora_layers(model: nn.Module) -> list[LoraLayer]:
+def lora_layers(model: nn.Module) -> list[nn.Module]:
     """The layers to which `add_lora` has added matrices."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
@@ -1012,8 +1041,16 @@ def tiny_processor(
 
 
 # ---- registration --------------------------------------------------------------------------------
-# The Auto classes find these by the model_type in a folder's config.json.
+# save_pretrained copies this file beside the weights and names these classes in config.json. So the
+# Auto classes load a checkpoint without this repository, with trust_remote_code=True.
+OpenVLAConfig.register_for_auto_class()
+OpenVLAForActionPrediction.register_for_auto_class("AutoModelForImageTextToText")
+PrismaticImageProcessor.register_for_auto_class("AutoImageProcessor")
+PrismaticProcessor.register_for_auto_class("AutoProcessor")
+# Here the Auto classes find them by the model_type in a folder's config.json.
 AutoConfig.register("openvla", OpenVLAConfig)
 AutoModelForImageTextToText.register(OpenVLAConfig, OpenVLAForActionPrediction)
-AutoImageProcessor.register(OpenVLAConfig, slow_image_processor_class=PrismaticImageProcessor)
+# Without Pillow transformers has no image processors.
+if is_vision_available():
+    AutoImageProcessor.register(OpenVLAConfig, slow_image_processor_class=PrismaticImageProcessor)
 AutoProcessor.register(OpenVLAConfig, PrismaticProcessor)

@@ -36,6 +36,7 @@ from torch import nn
 
 import vla
 from plumbing import parallel
+from plumbing.card import CARD_NAME, model_card
 from plumbing.strangers import check_files, load_processor, read_config
 from world.tasks import UserError
 
@@ -68,7 +69,8 @@ def save_checkpoint(
 ) -> None:
     """Writes output/checkpoint and keeps the one before as output/checkpoint.old.
 
-    settings: what args.json records beside the command. state: the JSON part of the training state.
+    settings: what args.json records beside the command; with `env_id` there is a model card, too.
+    state: the JSON part of the training state.
     heads: modules by name, one file each. The LoRA matrices are stored where settings has a
     lora_rank, because the written model has them merged.
     """
@@ -80,8 +82,10 @@ def save_checkpoint(
     model.save_pretrained(new)
     processor.save_pretrained(new)
     # Every checkpoint tells how it was made.
-    made_by = {"script": state.get("script", ""), "command": command_line()}
-    (new / "args.json").write_text(json.dumps({**settings, **made_by}, indent=1))
+    settings = {**settings, "script": state.get("script", ""), "command": command_line()}
+    (new / "args.json").write_text(json.dumps(settings, indent=1))
+    if "env_id" in settings:
+        (new / CARD_NAME).write_text(model_card(settings, "not evaluated yet"))
     for name, head in (heads or {}).items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
     moments = optimizer.state_dict()["state"] if optimizer else {}
@@ -188,10 +192,13 @@ def read_state(folder: Path) -> dict:
 
 # ---- integrity -----------------------------------------------------------------------------------
 def checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of each file in a folder, except checksums.json itself."""
+    """CRC-32 of each file in a folder, except checksums.json itself and the card.
+
+    An evaluation writes the card again.
+    """
     sums = {}
     for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name == "checksums.json":
+        if not file.is_file() or file.name in ("checksums.json", CARD_NAME):
             continue
         crc = 0
         with open(file, "rb") as content:

@@ -207,6 +207,17 @@ def difference_cell(before: dict, result: dict) -> str:
     return f"{line}, {found['num_episodes']} pairs"
 
 
+def success_line(result: dict) -> str:
+    """A result's success in words."""
+    num_episodes = len(result["episodes"])
+    success = result["success_once"]
+    low, high = wilson(success * num_episodes, num_episodes)
+    return (
+        f"{100 * success:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {num_episodes} greedy "
+        f"episodes of {result['env_id']} (95 % interval; `{result['command']}`)"
+    )
+
+
 def report_lines(result: dict, task: Task, width: int) -> list[str]:
     """A line for each quantity that the task reports at success."""
     lines = []
