@@ -156,10 +156,10 @@ def clone(num_demos: int) -> nn.Sequential:
 class Agent(nn.Module):
     """A Gaussian policy, and a critic that also sees the time where the horizon ends the task."""
 
-    def __init__(self, policy: nn.Sequential):
+    def __init__(self, policy: nn.Sequential, log_std: float):
         super().__init__()
         self.policy = policy
-        self.log_std = nn.Parameter(torch.full((4,), -1.4))
+        self.log_std = nn.Parameter(torch.full((4,), log_std))
         self.critic = network(policy[0].in_features + 1, 1, 0.01)
 
     def actions(self, x: torch.Tensor) -> torch.distributions.Normal:
@@ -230,15 +230,19 @@ def main(
     seed: int = 1,
     num_steps: int = 1_000_000,
     num_demos: int = 4,
+    log_std: float = -1.4,
 ) -> None:
-    """Prints success over the last 500 training episodes, from 4 demonstrations near 0 at first."""
+    """Prints success over the last 500 training episodes, from 4 demonstrations near 0 at first.
+
+    log_std: of the sampled actions at first. exp(-1.4) is a quarter of the largest action.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     sparse = stage_reward == "sparse"
     form = "shaping" if sparse else stage_reward
     args = sta_ppo.Args(stage_reward=form, num_envs=NUM_ENVS, gamma=0.97, gae_lambda=0.95)
     paying = sta_ppo.StageReward(args, TASK, 0.0 if sparse else 1 / K, torch.device("cpu"))
-    agent = Agent(clone(num_demos))
+    agent = Agent(clone(num_demos), log_std)
     groups = [
         {"params": [*agent.policy.parameters(), agent.log_std], "lr": 1e-4},
         {"params": agent.critic.parameters(), "lr": 1e-3},

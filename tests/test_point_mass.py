@@ -50,7 +50,7 @@ def test_a_roll_out_has_the_value_of_the_true_next_state(env, form):
     """The values of a state are the next values of the step before, except at an episode's end."""
     args = sta_ppo.Args(stage_reward=form, num_envs=64, gamma=0.97)
     paying = sta_ppo.StageReward(args, point_mass.TASK, 1 / K, torch.device("cpu"))
-    agent = point_mass.Agent(point_mass.clone(4))
+    agent = point_mass.Agent(point_mass.clone(4), -1.4)
     agent.critic[-1].weight.data.normal_()
     (x, _, _, value, _, next_value, terminated, done), successes = point_mass.roll_out(
         env, agent, paying
