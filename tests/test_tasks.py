@@ -6,6 +6,7 @@ are about out-of-distribution scenes, ManiSkill's demonstrations, and one policy
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -164,6 +165,20 @@ def test_stage_functions_read_each_row_of_a_batch_by_itself(env_id):
         assert torch.allclose(together[name], expected, atol=1e-6), name
     found = env.expert_action(RIGHT.expand(N))
     assert torch.allclose(found, torch.cat(actions), atol=1e-5)
+    env.close()
+
+
+@pytest.mark.parametrize(("env_id", "alike"), [("StackCube-v1", 4), ("PegInsertionSide-v1", 2)])
+def test_geometry_does_not_jump_where_the_turn_wraps(env_id, alike):
+    env = state_env(env_id)
+    env.reset(0)
+    sides = []
+    for sign in (-1, 1):
+        # Half of the smallest turn after which the object looks the same.
+        turn = torch.tensor([sign * (math.pi / alike - 1e-4)])
+        sides.append(world.tasks.geometry({**env.state, "yaw_error": turn}))
+    assert torch.allclose(*sides, atol=1e-3)
+    assert torch.allclose(sides[0][0, 6:], torch.tensor([-0.1, 0.0]), atol=1e-3)
     env.close()
 
 

@@ -211,6 +211,7 @@ def observe_arm(
         "beside_goal": norm(flat(offset)),
         "above_goal": offset[:, 2],
         "yaw_error": wrap(yaw_error, period),
+        "alike": 0 * opening + 2 * torch.pi / period,
     }
 
 
@@ -218,12 +219,12 @@ def geometry(state: State) -> Tensor:
     """(N, 8): the label of sft.py's auxiliary loss, which alone reads it.
 
     Three numbers are tool to object (m), three are tool to goal (m). The last two are cosine and
-    sine, times 0.1, of twice the turn that the tool lacks.
+    sine, times 0.1, of the turn that the tool lacks, times the number of turns that look alike.
     """
     to_object = state["object"] - state["tool"]
     to_goal = state["goal"] - state["tool"]
-    # Cosine and sine of twice the turn do not jump where the turn wraps at half a turn.
-    turn = 2 * state["yaw_error"][:, None]
+    # Of this multiple cosine and sine do not jump where the turn wraps.
+    turn = (state["alike"] * state["yaw_error"])[:, None]
     return torch.cat([to_object, to_goal, 0.1 * turn.cos(), 0.1 * turn.sin()], -1)
 
 
