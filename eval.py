@@ -581,7 +581,9 @@ def main(args: Args) -> None:
         report(output, suffix, result, trained, films)
         # The card of a run's own checkpoint says how good it is, under the training conditions.
         if trained and output == folder.parent and not suffix:
-            write_text(folder / CARD_NAME, model_card(trained, success_line(result)))
+            from_scratch = bool(model.config.vision_widths)
+            card = model_card(trained, from_scratch, success_line(result))
+            write_text(folder / CARD_NAME, card)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ CARD_NAME = "README.md"
 
 # The hub reads the lines between the dashes.
 CARD = """---
-license: mit
+license: {licence}
 library_name: transformers
 pipeline_tag: robotics
 tags: [vla, openvla, robot-manipulation]
@@ -20,7 +20,7 @@ implementation.
 {tasks}
 - Success: {success}
 - Made by: `{command}`
-- Licence: MIT
+- Licence: {licence_line}
 
 ## Use
 
@@ -40,8 +40,12 @@ actions = model.predict_action(unnorm_key="{env_id}", **inputs)  # (B, 7), greed
 """
 
 
-def model_card(settings: dict, success: str) -> str:
-    """The text of the card. settings: what args.json holds. success: a line of eval.py's."""
+def model_card(settings: dict, from_scratch: bool, success: str) -> str:
+    """The text of the card.
+
+    settings: what args.json holds. from_scratch: the model is the tiny one, and not a published
+    OpenVLA that was trained further. success: a line of eval.py's.
+    """
     env_ids = settings["env_id"].split(",")
     tasks = []
     for env_id in env_ids:
@@ -53,6 +57,8 @@ def model_card(settings: dict, success: str) -> str:
         tasks="\n".join(tasks),
         success=success,
         command=settings["command"],
+        licence="mit" if from_scratch else "other",
+        licence_line="MIT" if from_scratch else "that of the model that the training began with",
         env_id=env_ids[0],
         instruction=TASKS[env_ids[0]].instruction,
     )

@@ -85,7 +85,8 @@ def save_checkpoint(
     settings = {**settings, "script": state.get("script", ""), "command": command_line()}
     (new / "args.json").write_text(json.dumps(settings, indent=1))
     if "env_id" in settings:
-        (new / CARD_NAME).write_text(model_card(settings, "not evaluated yet"))
+        from_scratch = bool(model.config.vision_widths)
+        (new / CARD_NAME).write_text(model_card(settings, from_scratch, "not evaluated yet"))
     for name, head in (heads or {}).items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
     moments = optimizer.state_dict()["state"] if optimizer else {}
