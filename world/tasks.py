@@ -182,8 +182,7 @@ def observe_arm(
     tool = env.agent.robot.links_map[arm.tool]
     tool_pose = tool.pose
     controller = env.agent.controller.controllers["arm"]
-    # Where the controller is told to be. A controller with a target moves that target, and the
-    # tool follows late.
+    # A controller with a target moves that target, and the tool follows late.
     if controller.config.use_target:
         command = env.agent.robot.pose * controller._target_pose
     else:
