@@ -47,7 +47,7 @@ stage() {
 }
 
 echo "plan: $ENV_ID, training seed $SEED"
-[ "$ENV_ID $RUNS" != "PickCube-v1 runs" ] || echo "  about 50 minutes in all on two CPU cores"
+[ "$ENV_ID $RUNS" != "PickCube-v1 runs" ] || echo "  under an hour in all on two CPU cores"
 for STEP in $STEPS; do
   run=$(folder "$STEP") state=""
   if [ -f "$run/results.json" ]; then state=" (done already, reused)"; elif [ -d "$run/checkpoint" ]; then state=" (begun, goes on)"; fi
