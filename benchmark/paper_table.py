@@ -201,9 +201,6 @@ def row_of(run: Path) -> dict:
     """The row of a run's folder."""
     row = json.loads((run / "results.json").read_text())
     row["env_steps"] = env_steps(run)
-    budget = row["method"].partition("@")[2]
-    if budget in ("flagship", "deciding"):
-        row["table"] = budget
     episodes = sorted(row.pop("episodes"), key=lambda episode: episode["seed"])
     row["successes"] = "".join(str(int(episode["success_once"])) for episode in episodes)
     curve = read_curve(run)
@@ -250,6 +247,9 @@ def read_tasks(runs: list[str]) -> Tasks:
             row = row_of(Path(folder))
             if method:
                 row["method"] = method
+            budget = row["method"].partition("@")[2]
+            if budget in ("flagship", "deciding"):
+                row["table"] = budget
             new.append(row)
     tasks = defaultdict(lambda: defaultdict(list))
     for row in merge(DOCS / "results.jsonl", new, "env_id", "method", "seed"):

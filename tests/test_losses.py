@@ -339,17 +339,17 @@ def test_few_pairs_are_kept_per_state_and_stage_completions_first_then_the_wides
 
 
 # ---- gradients of the real scripts ----
-def record_blurring(monkeypatch) -> list[torch.Tensor]:
-    """A list that each call of `vla.blur_bins` adds its result to."""
-    blurred = []
-    blur_bins = vla.blur_bins
+def record_results(monkeypatch, name: str) -> list[torch.Tensor]:
+    """A list that each call of vla.py's function `name` adds its result to."""
+    results = []
+    function = getattr(vla, name)
 
     def record(*args):
-        blurred.append(blur_bins(*args))
-        return blurred[-1].clone()
+        results.append(function(*args))
+        return results[-1].clone()
 
-    monkeypatch.setattr(vla, "blur_bins", record)
-    return blurred
+    monkeypatch.setattr(vla, name, record)
+    return results
 
 
 def put_values(params, state) -> None:
@@ -389,7 +389,8 @@ def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path,
     """Three updates by the real main, and their log, against the loss written a second time."""
     demos = demos_with_stages(tmp_path / "demos.h5")
     seen = record_steps(monkeypatch)
-    blurred = record_blurring(monkeypatch)
+    blurred = record_results(monkeypatch, "blur_bins")
+    shifted = record_results(monkeypatch, "shift_images")
     run = tmp_path / "run"
     flags = ("--demo-path", demos, "--vla", checkpoint, "--output-dir", run, "--no-cuda")
     call(sft, *flags, *IMITATION.split())
@@ -413,7 +414,10 @@ def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path,
         bins = torch.cat([blurred[step][:, :-1], labels[index, -1:]], 1)
         moved = (bins != labels[index])[:, active].any(0)
         assert moved.tolist() == [True, True, True, True, False]
-        inputs = prompt(processor, {"rgb": rgb[index], "proprio": proprio[index]})
+        # A small shift moves the pixels of most images.
+        assert shifted[step].shape == rgb[index].shape
+        assert (shifted[step] != rgb[index]).flatten(1).any(1).sum() >= 4
+        inputs = prompt(processor, {"rgb": shifted[step], "proprio": proprio[index]})
         logprob, _, hidden, greedy = sft.action_logprob(model, inputs, bins, active)
         # Of seven dimensions two never vary.
         ce = -logprob.mean() / 5

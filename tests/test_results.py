@@ -289,6 +289,16 @@ def test_a_row_counts_the_env_steps_of_all_policies_and_orders_its_episodes(tmp_
     assert row["curve"] == [[10, 4.0, *[0.5] * 4], [20, 8.0, *[0.5] * 4]]
 
 
+def test_a_row_names_its_table_also_where_the_method_is_given_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_table, "DOCS", tmp_path)
+    result = {"method": "STA-PPO", "env_id": "PickCube-v1", "seed": 1, "episodes": []}
+    (tmp_path / "results.json").write_text(json.dumps(result))
+    paper_table.read_tasks([f"{tmp_path}=IPI@flagship", f"{tmp_path}=PPO@deciding", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    tables = {row["method"]: row.get("table") for row in rows}
+    assert tables == {"IPI@flagship": "flagship", "PPO@deciding": "deciding", "STA-PPO": None}
+
+
 @pytest.mark.parametrize(
     ("states", "shared"), [(16, {"SFT", "TPO", "STA-TPO", "STA-TPO-sum"}), (64, {"SFT"})]
 )
