@@ -1,6 +1,8 @@
 """The first update of each script, and one evaluation, are what they were at a recorded commit.
 
-    PYTHONPATH=. python tests/test_golden.py COMMIT    # records them again, after an intended change
+    PYTHONPATH=. python tests/test_golden.py COMMIT    # records them again
+
+They are recorded again after an intended change.
 
 Numbers are compared to 1e-3, because other processors round differently, and physics amplifies it.
 Later updates are not compared: where one sampled action differs, all that follows does. For the

@@ -410,12 +410,10 @@ def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path,
         put_values(params, state)
         generator = torch.Generator().manual_seed(5 * 1_000_003 + step)
         index = torch.randint(15, (8,), generator=generator)
-        # The gripper's label stays.
         bins = torch.cat([blurred[step][:, :-1], labels[index, -1:]], 1)
         moved = (bins != labels[index])[:, active].any(0)
         assert moved.tolist() == [True, True, True, True, False]
         # A small shift moves the pixels of most images.
-        assert shifted[step].shape == rgb[index].shape
         assert (shifted[step] != rgb[index]).flatten(1).any(1).sum() >= 4
         inputs = prompt(processor, {"rgb": shifted[step], "proprio": proprio[index]})
         logprob, _, hidden, greedy = sft.action_logprob(model, inputs, bins, active)
@@ -427,7 +425,6 @@ def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path,
         (ce + 3 * aux_loss + stage_loss).backward()
         mine = flat_gradient(params)
         theirs = torch.cat([grad.flatten() for _, grad in state])
-        assert all(p.grad is not None for p in params)
         assert (mine - theirs).norm() < 1e-4 * mine.norm(), step
         # The separator's gradient counts in no norm.
         norm = flat_gradient(params[:-2]).norm()
