@@ -504,6 +504,8 @@ def main(args: Args) -> None:  # noqa: PLR0915
         mb_bins = vla.blur_bins(clean_bins, args.label_jitter, n_bins, generator)
         # The gripper knows a few commands and nothing between them.
         mb_bins[:, -1] = clean_bins[:, -1]
+        most = args.image_shift
+        mb_shift = torch.randint(-most, most + 1, (B, 2), generator=generator)  # pixels
 
         # ---- update ----
         warmup = (step + 1) / 100
@@ -512,12 +514,13 @@ def main(args: Args) -> None:  # noqa: PLR0915
         optimizer.zero_grad()
         own_inds = mb_inds[rank::world_size].split(args.chunk_size)
         own_bins = mb_bins[rank::world_size].split(args.chunk_size)
-        for chunk, chunk_bins in zip(own_inds, own_bins, strict=True):
+        own_shift = mb_shift[rank::world_size].split(args.chunk_size)
+        for chunk, chunk_bins, chunk_shift in zip(own_inds, own_bins, own_shift, strict=True):
             active = frames.active[frames.task[chunk]].to(device)  # (B, A)
             texts = [instructions[i] for i in frames.task[chunk]]
             # All tasks share one normalisation of the proprioception.
             proprio_stats = all_stats[0].get("proprio")
-            rgb = vla.shift_images(frames.rgb[chunk], args.image_shift, generator)
+            rgb = vla.shift_images(frames.rgb[chunk], chunk_shift)
             inputs = processor(rgb, texts, frames.proprio[chunk], proprio_stats, device)
             logprob, _, hidden, likeliest = action_logprob(
                 model, inputs, chunk_bins.to(device), active

@@ -165,13 +165,12 @@ def blur_bins(bins: Tensor, deviation: float, n_bins: int, generator: torch.Gene
     return moved.clamp(min=0)
 
 
-def shift_images(rgb: Tensor, largest: int, generator: torch.Generator) -> Tensor:
-    """Images (B, H, W, 3), each moved by up to `largest` pixels along both axes.
+def shift_images(rgb: Tensor, shift: Tensor) -> Tensor:
+    """Images (B, H, W, 3), each moved along both axes. shift: (B, 2) whole pixels.
 
     Where nothing moves in, the pixels of the edge are repeated (DrQ, Yarats et al. 2021).
     """
     B, H, W, _ = rgb.shape
-    shift = torch.randint(-largest, largest + 1, (B, 2), generator=generator)
     rows = (torch.arange(H) + shift[:, :1]).clamp(0, H - 1)  # (B, H)
     columns = (torch.arange(W) + shift[:, 1:]).clamp(0, W - 1)  # (B, W)
     image = torch.arange(B)

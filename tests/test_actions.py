@@ -145,21 +145,23 @@ def test_blurred_bins_are_the_label_and_its_neighbours_and_no_end_is_favoured():
 def test_shifted_images_are_windows_of_the_image_with_its_edge_repeated():
     largest = 2
     images = torch.arange(3 * 5 * 7 * 3, dtype=torch.uint8).reshape(3, 5, 7, 3).repeat(40, 1, 1, 1)
-    shifted = vla.shift_images(images, largest, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.randint(-largest, largest + 1, (len(images), 2), generator=generator)
+    shifted = vla.shift_images(images, shift)
     assert shifted.dtype == torch.uint8
     found = set()
-    for image, moved in zip(images.numpy(), shifted.numpy(), strict=True):
+    for image, moved, pixels in zip(images.numpy(), shifted.numpy(), shift.tolist(), strict=True):
         padded = np.pad(image, [(largest, largest), (largest, largest), (0, 0)], "edge")
         windows = [
             (row, column)
             for row, column in np.ndindex(2 * largest + 1, 2 * largest + 1)
             if (padded[row : row + 5, column : column + 7] == moved).all()
         ]
-        assert len(windows) == 1
+        assert windows == [(largest + pixels[0], largest + pixels[1])]
         found.update(windows)
     # Every shift is drawn, to both sides.
     assert len(found) == (2 * largest + 1) ** 2
-    unmoved = vla.shift_images(images, 0, torch.Generator())
+    unmoved = vla.shift_images(images, torch.zeros(len(images), 2, dtype=torch.long))
     assert torch.equal(unmoved, images)
 
 
