@@ -581,8 +581,7 @@ def main(args: Args) -> None:
         report(output, suffix, result, trained, films)
         # The card of a run's own checkpoint says how good it is, under the training conditions.
         if trained and output == folder.parent and not suffix:
-            from_scratch = bool(model.config.vision_widths)
-            card = model_card(trained, from_scratch, success_line(result))
+            card = model_card(trained, model.config, success_line(result))
             write_text(folder / CARD_NAME, card)
 
 

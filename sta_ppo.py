@@ -629,24 +629,27 @@ def check_args(args: Args, world_size: int) -> Task:
 
 def check_stage_args(args: Args, task: Task) -> None:
     """Raises UserError where flags about stages contradict each other."""
-    # The learned separator gives no distance, so options about distances are refused.
     silent = args.silent_stages.split(",") if args.silent_stages else []
-    other_potential = args.potential != "sigmoid" or args.potential_across_stages != "offset"
-    if args.stage_source == "learned" and (other_potential or silent):
+    other_form = args.potential != "sigmoid" or args.potential_across_stages != "offset"
+    changes_phi = other_form or silent
+    # The learned separator gives no distance, so options about distances are refused.
+    if args.stage_source == "learned" and changes_phi:
         raise UserError(
             "--stage-source learned knows no distances, its Phi is k alone: "
             "leave out --potential, --potential-across-stages, --silent-stages"
         )
     if args.stage_reward == "paced":
         require_pace(task, "--stage-reward paced")
-    other_phi = silent or args.potential != "sigmoid" or args.potential_across_stages != "offset"
-    if args.stage_reward == "paced" and other_phi:
+    if args.stage_reward == "paced" and changes_phi:
         raise UserError(
             "--stage-reward paced pays no potential: "
             "leave out --potential, --potential-across-stages, --silent-stages"
         )
     if args.stage_resets and (args.backend == "cuda" or args.reward == "dense"):
-        raise UserError("--stage-resets needs --backend cpu, and not --reward dense")
+        raise UserError(
+            "--stage-resets needs --backend cpu, and episodes that end at success: "
+            "leave out --reward dense"
+        )
     if args.stage_resets and args.stage_source == "learned":
         raise UserError("--stage-resets goes by the rules: leave out --stage-source learned")
     if args.stage_resets and not 0 < args.num_moved < args.num_envs:

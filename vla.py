@@ -50,7 +50,6 @@ from transformers.utils import logging as transformers_logging
 # A checkpoint holds a copy of this file. It acts without PEFT, which LoRA alone needs.
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
 
 Tensor = torch.Tensor
 
@@ -744,13 +743,12 @@ class OpenVLAForActionPrediction(PreTrainedModel):
         for name, weight in self.state_dict().items():
             if ".lora_" not in name:
                 state[name.replace(".base_layer.", ".")] = weight
-        for name, module in self.named_modules():
-            if hasattr(module, "get_delta_weight"):
-                weight = state[f"{name}.weight"]
-                # The sum is taken in float32, so a bfloat16 weight is rounded once.
-                merged = weight.float() + module.get_delta_weight("default")
-                # The merged weights go to the CPU: a GPU has no room for a second model.
-                state[f"{name}.weight"] = merged.to(weight.dtype).cpu()
+        for name, layer in lora_layers(self).items():
+            weight = state[f"{name}.weight"]
+            # The sum is taken in float32, so a bfloat16 weight is rounded once.
+            merged = weight.float() + layer.get_delta_weight("default")
+            # The merged weights go to the CPU: a GPU has no room for a second model.
+            state[f"{name}.weight"] = merged.to(weight.dtype).cpu()
         super().save_pretrained(folder, state_dict=state, **kwargs)
 
     def num_prefix(self) -> int:
@@ -800,9 +798,14 @@ class LowRank(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def lora_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers to which `add_lora` has added matrices."""
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers to which `add_lora` has added matrices, by their names."""
+    # Only PEFT's layers have this method.
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
 
 
 def add_lora(model: OpenVLAForActionPrediction, rank: int) -> None:
@@ -819,7 +822,7 @@ def add_lora(model: OpenVLAForActionPrediction, rank: int) -> None:
     # The scale is lora_alpha / r.
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     inject_adapter_in_model(config, model)
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         # PEFT would cast the input to the float32 of the matrices.
         layer.cast_input_dtype_enabled = False
         for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
@@ -856,7 +859,7 @@ def lora_off(model: OpenVLAForActionPrediction):
 
     A model without LoRA does not change.
     """
-    layers = lora_layers(model)
+    layers = lora_layers(model).values()
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -40,12 +40,13 @@ actions = model.predict_action(unnorm_key="{env_id}", **inputs)  # (B, 7), greed
 """
 
 
-def model_card(settings: dict, from_scratch: bool, success: str) -> str:
+def model_card(settings: dict, config, success: str) -> str:
     """The text of the card.
 
-    settings: what args.json holds. from_scratch: the model is the tiny one, and not a published
-    OpenVLA that was trained further. success: a line of eval.py's.
+    settings: what args.json holds. config: the model's. success: a line of eval.py's.
     """
+    # The tiny model is trained from scratch. An OpenVLA's weights have a licence of their own.
+    from_scratch = bool(config.vision_widths)
     env_ids = settings["env_id"].split(",")
     tasks = []
     for env_id in env_ids:

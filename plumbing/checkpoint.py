@@ -85,8 +85,7 @@ def save_checkpoint(
     settings = {**settings, "script": state.get("script", ""), "command": command_line()}
     (new / "args.json").write_text(json.dumps(settings, indent=1))
     if "env_id" in settings:
-        from_scratch = bool(model.config.vision_widths)
-        (new / CARD_NAME).write_text(model_card(settings, from_scratch, "not evaluated yet"))
+        (new / CARD_NAME).write_text(model_card(settings, model.config, "not evaluated yet"))
     for name, head in (heads or {}).items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
     moments = optimizer.state_dict()["state"] if optimizer else {}

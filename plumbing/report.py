@@ -188,13 +188,18 @@ def funnel(reach_rate: list[float]) -> list[float]:
     return shares
 
 
-def result_line(result: dict, width: int) -> str:
-    """A result's line of the table: its label, success with its interval, and the stage funnel."""
+def success_percent(result: dict) -> tuple[float, float, float]:
+    """A result's success, and the ends of its 95 % interval, in percent."""
     num_episodes = len(result["episodes"])
     success = result["success_once"]
     low, high = wilson(success * num_episodes, num_episodes)
-    line = f"{label_of(result):{width}s} {100 * success:6.1f} %"
-    line += f" [{100 * low:4.1f}, {100 * high:5.1f}]"
+    return 100 * success, 100 * low, 100 * high
+
+
+def result_line(result: dict, width: int) -> str:
+    """A result's line of the table: its label, success with its interval, and the stage funnel."""
+    success, low, high = success_percent(result)
+    line = f"{label_of(result):{width}s} {success:6.1f} % [{low:4.1f}, {high:5.1f}]"
     line += f" {100 * result['success_at_end']:5.1f} %   "
     line += " ".join(f"{100 * share:7.1f} %" for share in funnel(result["stage_reach_rate"]))
     return line
@@ -209,12 +214,10 @@ def difference_cell(before: dict, result: dict) -> str:
 
 def success_line(result: dict) -> str:
     """A result's success in words."""
-    num_episodes = len(result["episodes"])
-    success = result["success_once"]
-    low, high = wilson(success * num_episodes, num_episodes)
+    success, low, high = success_percent(result)
     return (
-        f"{100 * success:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {num_episodes} greedy "
-        f"episodes of {result['env_id']} (95 % interval; `{result['command']}`)"
+        f"{success:.1f} % [{low:.1f}, {high:.1f}] of {len(result['episodes'])} greedy episodes "
+        f"of {result['env_id']} (95 % interval; `{result['command']}`)"
     )
 
 

@@ -137,14 +137,14 @@ def test_push_to_hub_takes_weights_code_and_processor_along(policy, monkeypatch)
 # ---- the card ----
 def test_a_card_names_the_tasks_their_stages_and_the_command():
     settings = {"env_id": "PickCube-v1,PushCube-v1", "method": "SFT", "command": "python sft.py"}
-    card = model_card(settings, True, "97.0 %")
+    card = model_card(settings, vla.tiny_config(), "97.0 %")
     assert f'PickCube-v1, "{INSTRUCTION}". Stages: reach, grasp, transport, place' in card
     assert "PushCube-v1" in card
     assert "Success: 97.0 %" in card
     assert "`python sft.py`" in card
     assert "license: mit" in card and "Licence: MIT" in card
     # The weights of a published model have a licence of their own.
-    assert "license: other" in model_card(settings, False, "97.0 %")
+    assert "license: other" in model_card(settings, vla.OpenVLAConfig(), "97.0 %")
 
 
 def test_an_evaluation_writes_the_success_on_the_card(policy):

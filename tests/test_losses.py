@@ -376,6 +376,12 @@ IMITATION = (
 )
 
 
+def first_logged(run) -> list[float]:
+    """The first row of sft.py's log, in the order of its METRICS."""
+    curves = scalars(run)
+    return [curves[f"losses/{name}"][0] for name in sft.METRICS]
+
+
 def demos_with_stages(path):
     """Invented demonstrations of 6 and 9 steps with stage labels."""
     write_demos(path, lengths=(6, 9))
@@ -410,6 +416,7 @@ def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path,
         put_values(params, state)
         generator = torch.Generator().manual_seed(5 * 1_000_003 + step)
         index = torch.randint(15, (8,), generator=generator)
+        # The gripper's label stays.
         bins = torch.cat([blurred[step][:, :-1], labels[index, -1:]], 1)
         moved = (bins != labels[index])[:, active].any(0)
         assert moved.tolist() == [True, True, True, True, False]
@@ -425,6 +432,7 @@ def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path,
         (ce + 3 * aux_loss + stage_loss).backward()
         mine = flat_gradient(params)
         theirs = torch.cat([grad.flatten() for _, grad in state])
+        assert all(p.grad is not None for p in params)
         assert (mine - theirs).norm() < 1e-4 * mine.norm(), step
         # The separator's gradient counts in no norm.
         norm = flat_gradient(params[:-2]).norm()
@@ -432,9 +440,7 @@ def test_imitation_s_gradients_are_those_of_plain_autograd(checkpoint, tmp_path,
         numbers = [(off == 0).float(), off.float() * 2 / 255, read.argmax(-1) == stages[index]]
         means = [x.float().mean() for x in numbers]
         rows.append(torch.stack([ce, aux_loss, *means, norm]).detach())
-    curves = scalars(run)
-    logged = [curves[f"losses/{name}"][0] for name in sft.METRICS]
-    assert logged == pytest.approx(torch.stack(rows).mean(0).tolist(), rel=1e-3)
+    assert first_logged(run) == pytest.approx(torch.stack(rows).mean(0).tolist(), rel=1e-3)
 
 
 def use_doubles(monkeypatch) -> list[int]:
