@@ -1,7 +1,7 @@
 """Evaluation of a policy: greedy actions, full episodes, a seed per episode that no training sees.
 
-    python eval.py --checkpoint runs/PickCube-v1__sta_ppo__1__...  # table, results.json, summary.md
-    python eval.py --checkpoint DIR --capture-video                # also an mp4 of 16 episodes
+    python eval.py --checkpoint runs/PickCube-v1__sta_ppo__1__...  # table, results, report.html
+    python eval.py --checkpoint DIR --capture-video                # films 16 episodes, too
     python eval.py --checkpoint DIR --ood camera                   # or position, lighting
     python eval.py --checkpoint DIR --instruction-set paraphrase   # words not trained on
     python eval.py --compare sft.json sta_ppo.json                 # paired difference by seed
@@ -41,16 +41,16 @@ from plumbing.checkpoint import (
     read_settings,
     task_stats,
 )
+from plumbing.page import write_page
 from plumbing.report import (
     check_writable,
     draw,
+    if_possible,
     mean_rows,
     read_results,
     result_table,
     separator_line,
     success_line,
-    write_if_possible,
-    write_summary,
     write_text,
     write_video,
 )
@@ -100,7 +100,7 @@ class Args:
     """on a CPU, take ManiSkill's own classes and meshes, and SimplerEnv at 640 x 480: 3 to 20
     times slower (docs/speed.md)"""
     output_dir: str = ""
-    """where results.json, summary.md and video.mp4 go. Empty: the checkpoint's run folder"""
+    """where results.json, report.html and video.mp4 go. Empty: the checkpoint's run folder"""
     method: str = ""
     """name of the method in the result. Empty: the script that made the checkpoint"""
     compare: tuple[str, ...] = ()
@@ -503,7 +503,7 @@ def report(output: Path, suffix: str, result: dict, trained: dict, films: list) 
     films: frames of each filmed episode; empty: no video.
     """
     results = output / f"results{suffix}.json"
-    summary = output / f"summary{suffix}.md"
+    page = output / f"report{suffix}.html"
     video = output / f"video{suffix}.mp4"
     # The numbers come first, because the disk may fill up, or nobody may read what is printed.
     write_text(results, json.dumps(result))
@@ -511,9 +511,9 @@ def report(output: Path, suffix: str, result: dict, trained: dict, films: list) 
     print(table)
     if "separator" in result:
         print(separator_line(result["separator"]))
-    write_summary(output, f"results{suffix}", result, trained, table)
-    line = f"wrote {results}, {summary}"
-    if films and write_if_possible(video, write_video, films):
+    write_page(page, result, trained, table, films)
+    line = f"wrote {results}, {page}"
+    if films and if_possible(str(video), write_video, video, films):
         line += f" and {video}"
     print(line)
 

@@ -43,7 +43,7 @@ stage() {
   echo "== $script.py took $(minutes "$begin") here; evaluating"
   begin=$SECONDS
   .venv/bin/python eval.py --checkpoint "$run" --capture-video "${EVAL[@]}"
-  echo "== the evaluation took $(minutes "$begin") here; $run/summary.md"
+  echo "== the evaluation took $(minutes "$begin") here; $run/report.html"
 }
 
 echo "plan: $ENV_ID, training seed $SEED"
@@ -69,4 +69,4 @@ done
 
 echo
 .venv/bin/python eval.py --compare "${RESULTS[@]}"
-echo "table, curves, stages and commands of each run: $(folder '*')/summary.md   videos: video.mp4 there   TensorBoard: .venv/bin/tensorboard --logdir $RUNS"
+echo "table, curves, stages and commands of each run: $(folder '*')/report.html   videos: video.mp4 there   TensorBoard: .venv/bin/tensorboard --logdir $RUNS"

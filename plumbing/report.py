@@ -1,4 +1,4 @@
-"""What evaluation reports: intervals, tables, frames, videos, and a run's summary.md.
+"""What evaluation reports: intervals, tables, frames and videos. report.html is in page.py.
 
 A *row* is a dict about one episode: `seed`, `success_once`, `success_at_end`, `return`,
 `episode_len`, `furthest_stage` (0..K), `stage_steps` (K + 1 numbers; the last counts steps in
@@ -11,10 +11,8 @@ Letters: T steps, K stages.
 import contextlib
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import imageio
@@ -36,17 +34,6 @@ ROW_KEYS = {"seed", "success_once"}
 
 # How much `check_writable` writes. A result has a tenth of it.
 PROBE_BYTES = 2**20
-
-# The TensorBoard scalars that a summary shows, where the run has them.
-CURVES = (
-    "charts/success_once",
-    "charts/shaped_return",
-    "losses/explained_variance",
-    "losses/ce",
-    "losses/action_l1",
-    "rewards/margins",
-    "logps/chosen",
-)
 
 
 # ---- numbers ----
@@ -137,8 +124,11 @@ def draw(rgb: torch.Tensor, stage_name: str, potential: float, success: bool) ->
     return np.asarray(image)
 
 
-def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
-    """Writes an mp4 grid of episodes with 4 columns. Each episode is a list of T frames."""
+def write_video(path: Path, episodes: list[list[np.ndarray]]) -> Path:
+    """Writes an mp4 grid of episodes with 4 columns. Each episode is a list of T frames.
+
+    Returns the path.
+    """
     columns = min(4, len(episodes))
     # Black episodes fill the last row of the grid.
     black = [np.zeros_like(frame) for frame in episodes[0]]
@@ -150,6 +140,7 @@ def write_video(path: Path, episodes: list[list[np.ndarray]]) -> None:
         rows = [np.concatenate(frames[i : i + columns], 1) for i in starts]
         grid.append(np.concatenate(rows, 0))
     encode(path, grid)
+    return path
 
 
 def encode(path: Path, frames: list[np.ndarray]) -> None:
@@ -318,77 +309,15 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
-def write_if_possible(path: Path, write: Callable, *args) -> bool:
-    """Calls write(path, *args) and returns whether it worked. If not, it prints a warning.
+def if_possible(what: str, make: Callable, *args) -> object | None:
+    """Returns make(*args). Where that fails, it prints a warning and returns None.
 
-    It is for pictures and videos: the numbers are written already.
+    what: the name in the warning. It is for pictures and videos: the numbers are written already.
     """
     try:
-        write(path, *args)
+        return make(*args)
     # An encoder and a plotting library raise errors of their own.
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"warning: {path} is not written: {reason[-1]}")
-        return False
-    return True
-
-
-def plot_stages(path: Path, stages: tuple[str, ...], reach_rate: list[float]) -> None:
-    """A bar per stage: the share of episodes that completed it. reach_rate: (K,)."""
-    # Matplotlib takes a second to load, and training scripts do not need it.
-    from matplotlib.figure import Figure
-
-    figure = Figure((6, 3), layout="constrained")
-    axis = figure.add_subplot(ylabel="episodes that completed it, %", ylim=(0, 100))
-    axis.bar(stages, 100 * np.array(reach_rate))
-    with whole_file(path) as new:
-        figure.savefig(new)
-
-
-def plot_curves(path: Path, run: Path) -> None:
-    """The curves that a run's TensorBoard files hold, side by side. No file where it has none."""
-    from matplotlib.figure import Figure
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(run)).Reload()
-    names = [name for name in CURVES if name in log.Tags()["scalars"]]
-    if not names:
-        return
-    figure = Figure((3 * len(names), 2.4), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
-    for axis, name in zip(axes, names, strict=True):
-        points = log.Scalars(name)
-        axis.plot([point.step for point in points], [point.value for point in points])
-        axis.set_title(name, fontsize=9)
-    with whole_file(path) as new:
-        figure.savefig(new)
-
-
-def write_summary(run: Path, name: str, result: dict, trained: dict, table: str) -> None:
-    """Writes a result's summary.md, stages.png and curves.png into a run's folder.
-
-    name: of the result's file, "results" or, for a further result of the run, "results_...": its
-    summary and stages.png end likewise. trained: the checkpoint's args.json. table: what
-    `result_table` returned.
-    """
-    suffix = name.removeprefix("results")
-    stages = get_task(result["env_id"]).stages
-    stages_png = run / f"stages{suffix}.png"
-    curves_png = run / "curves.png"
-    pictures = []
-    if write_if_possible(stages_png, plot_stages, stages, result["stage_reach_rate"]):
-        pictures.append(stages_png)
-    # A published model has no curves.
-    if write_if_possible(curves_png, plot_curves, run) and curves_png.exists():
-        pictures.append(curves_png)
-    # Another version may round or render differently.
-    packages = ("torch", "transformers", "mani_skill", "sapien", "numpy")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    text = f"# {result['method']} on {result['env_id']}\n\n```\n{table}\n```\n\n"
-    for picture in pictures:
-        text += f"![{picture.stem}]({picture.name})\n\n"
-    text += f"Trained by `{trained.get('command', 'unknown')}` "
-    text += f"({trained.get('env_steps')} env steps, {trained.get('wall_s')} s), "
-    text += f"evaluated by `{result['command']}` at commit {result['commit'] or 'unknown'}. "
-    text += f"Python {sys.version.split()[0]}, {versions}. Every flag: checkpoint/args.json.\n"
-    write_text(run / f"summary{suffix}.md", text)
+        print(f"warning: {what} is not written: {reason[-1]}")
+        return None

@@ -140,11 +140,11 @@ def test_eval_writes_a_result_row_and_a_video(evaluated, ppo_run):
         assert episode["seed"] >= EVAL_SEED and episode["episode_len"] == 50
     frames = imageio.v3.imread(ppo_run / "video.mp4")
     assert frames.shape == (50, 256, 512, 3) and frames.std() > 10
-    summary = (ppo_run / "summary.md").read_text()
-    assert evaluated.splitlines()[1] in summary
-    assert "Trained by `python " in summary and "torch 2" in summary
-    for picture in ("curves.png", "stages.png"):
-        assert picture in summary and imageio.v3.imread(ppo_run / picture).std() > 10
+    page = (ppo_run / "report.html").read_text()
+    assert evaluated.splitlines()[1] in page
+    assert "Trained by <code>python " in page and "torch 2" in page
+    # Training curves, and a film of each of the two episodes.
+    assert page.count("<svg") == 1 and page.count("<video") == 2
 
 
 @pytest.mark.slow

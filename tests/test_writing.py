@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import eval as evaluation
-from plumbing import human_pairs, report
+from plumbing import human_pairs, page, report
 from world import assets
 from world.tasks import UserError
 
@@ -26,7 +26,23 @@ RESULT = {
     "success_once": 0.5,
     "success_at_end": 0.5,
     "stage_reach_rate": [1.0, 1.0, 0.5, 0.5],
-    "episodes": [{"seed": 0, "success_once": True}, {"seed": 1, "success_once": False}],
+    "stage_steps": [10.0, 5.0, 20.0, 1.0],
+    "episodes": [
+        {
+            "seed": 0,
+            "success_once": True,
+            "success_at_end": True,
+            "furthest_stage": 4,
+            "episode_len": 50,
+        },
+        {
+            "seed": 1,
+            "success_once": False,
+            "success_at_end": False,
+            "furthest_stage": 2,
+            "episode_len": 50,
+        },
+    ],
     "command": "python eval.py",
     "commit": "",
 }
@@ -85,13 +101,10 @@ def test_numbers_are_there_before_any_picture(tmp_path, monkeypatch):
     def look(path, *args):
         seen.append((path.name, sorted(file.name for file in tmp_path.iterdir())))
 
-    monkeypatch.setattr(report, "plot_stages", look)
+    monkeypatch.setattr(evaluation, "write_page", look)
     monkeypatch.setattr(evaluation, "write_video", look)
     evaluation.report(tmp_path, "", RESULT, {}, [FRAMES])
-    assert seen == [
-        ("stages.png", ["results.json"]),
-        ("video.mp4", ["results.json", "summary.md"]),
-    ]
+    assert seen == [("report.html", ["results.json"]), ("video.mp4", ["results.json"])]
 
 
 def test_a_refusing_encoder_is_a_warning(tmp_path, monkeypatch, capsys):
@@ -99,19 +112,20 @@ def test_a_refusing_encoder_is_a_warning(tmp_path, monkeypatch, capsys):
     evaluation.report(tmp_path, "", RESULT, {}, [FRAMES])
     out = capsys.readouterr().out
     assert f"warning: {tmp_path / 'video.mp4'} is not written: no codec" in out
-    assert out.splitlines()[-1] == f"wrote {tmp_path / 'results.json'}, {tmp_path / 'summary.md'}"
+    assert f"warning: a film of {tmp_path / 'report.html'} is not written: no codec" in out
+    assert out.splitlines()[-1] == f"wrote {tmp_path / 'results.json'}, {tmp_path / 'report.html'}"
     names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == ["results.json", "stages.png", "summary.md"]
+    assert names == ["report.html", "results.json"]
+    assert "<video" not in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "results.json").read_text()) == RESULT
 
 
-def test_a_picture_that_fails_is_not_in_the_summary(tmp_path, monkeypatch, capsys):
-    # An older evaluation's picture must not stand beside new numbers.
-    (tmp_path / "stages.png").write_bytes(b"old")
-    monkeypatch.setattr(report, "plot_stages", fails)
+def test_a_plot_that_fails_is_not_in_the_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(page, "curves_svg", fails)
     evaluation.report(tmp_path, "", RESULT, {}, [])
-    assert "stages.png is not written: no codec" in capsys.readouterr().out
-    assert "stages.png" not in (tmp_path / "summary.md").read_text()
+    path = tmp_path / "report.html"
+    assert f"a curve of {path} is not written: no codec" in capsys.readouterr().out
+    assert "50.0 % of 2 greedy episodes" in path.read_text() and "<svg" not in path.read_text()
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
