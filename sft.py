@@ -95,8 +95,8 @@ class Args:
 
     # demonstrations
     demo_path: str = ""
-    """ManiSkill .h5 with its .json beside it, one per task with commas between them; empty: the
-    scripted expert makes `num_demos` demonstrations"""
+    """ManiSkill .h5 with its .json beside it, or the folder of a LeRobotDataset; one per task with
+    commas between them; empty: the scripted expert makes `num_demos` demonstrations"""
     num_demos: int = 100
     """demonstrations of each task that the expert makes, or the most to read from --demo-path"""
     demo_speed: float = 0.7
@@ -198,14 +198,14 @@ class Frames:
 
 def demo_paths(text: str) -> list[Path]:
     """The files of --demo-path. A comma may be a part of a file's name, or stand between two."""
-    if os.path.isfile(text):
+    if os.path.exists(text):
         return [Path(text)]
     paths = []
     start = ""
     for part in text.split(","):
         start += part
         # A part that ends no file's name is the beginning of one.
-        if os.path.isfile(start):
+        if os.path.exists(start):
             paths.append(Path(start))
             start = ""
         elif start:
@@ -222,7 +222,11 @@ def read_files(args: Args, ids: list[str], image_size: int) -> list:
     # One file per task, in the same order.
     demos = []
     for path, env_id in zip(demo_paths(args.demo_path), ids):
-        demo = read_demos(path, env_id, args.num_demos, image_size, Progress)
+        read = read_demos
+        if path.is_dir():
+            # Its packages are needed for nothing else.
+            from world.lerobot import read_lerobot as read
+        demo = read(path, env_id, args.num_demos, image_size, Progress)
         # Raises where there is nothing to learn, before a folder is made.
         action_stats(demo[2], env_id)
         demos.append(demo)
@@ -529,7 +533,10 @@ def main(args: Args) -> None:  # noqa: PLR0915
             ce = -(logprob / active.sum(-1)).mean()
             # in units of 10 cm
             geometry = frames.geometry[chunk].to(device) / 0.1
-            aux_loss = F.smooth_l1_loss(heads["aux"](hidden.float()), geometry)
+            read_out = heads["aux"](hidden.float())
+            # NaN stands where a recording does not know the objects' places. There is no error.
+            target = torch.where(geometry.isnan(), read_out.detach(), geometry)
+            aux_loss = F.smooth_l1_loss(read_out, target)
             # STARE: the learned separator reads the stage off the hidden state. It teaches the
             # policy nothing, because the hidden state is detached.
             stage_logits = heads["separator"](hidden.detach().float())

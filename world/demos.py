@@ -2,6 +2,9 @@
 
 `collect_demos` writes ManiSkill's trajectory format: an .h5 file with a .json file beside it
 (docs/data_format.md). `read_demos` reads such files, and those of ManiSkill's own tools.
+
+    python -m world.demos to-lerobot demos.h5 FOLDER    # the same as a LeRobotDataset
+
 Letters: T steps, N envs, A numbers of an action, M frames of all demonstrations.
 """
 
@@ -16,12 +19,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from stare_utils import Tensor
-from world.assets import IMAGE_SIZE
+from world.assets import IMAGE_SIZE, choose_renderer
 from world.envs import StageEnv
-from world.tasks import PANDA, TRAIN_SEEDS, Arm, UserError, get_task
+from world.tasks import PANDA, TRAIN_SEEDS, Arm, UserError, env_ids, get_task
 from world.vector import ScriptedExpert, make_envs
 
 # An episode of T steps as arrays: rgb (T, H, W, 3), proprioception (T, 8), actions (T, A),
@@ -372,7 +377,8 @@ def read_episodes(
         # The arrays of failed episodes need no look.
         if truth(entry.get("success")) is False:
             continue
-        episode = Episode(path, entry, env_id)
+        arrays = read_arrays(path, f"traj_{entry['episode_id']}")
+        episode = Episode(path, entry, env_id, arrays)
         success = episode.success()
         if success is False:
             continue
@@ -414,9 +420,10 @@ def judge_losses(path: Path, lost: int, num_read: int) -> None:
         raise UserError(f"{path} holds no successful episode")
 
 
-def read_meta(path: Path, env_id: str) -> dict:
+def read_meta(path: Path, env_id: str = "") -> dict:
     """The .json file beside the .h5 file. Its `env_info` and `episodes` have their form.
 
+    env_id: the task that it must be of; "": any.
     Raises UserError that names the field which does not.
     """
     if not os.path.isfile(path):
@@ -434,7 +441,7 @@ def read_meta(path: Path, env_id: str) -> dict:
     if not isinstance(env_info.get("env_id"), str):
         raise UserError(f"{file}: env_info.env_id is missing")
     # Stages and cameras are this task's own, so another task's episodes are of no use.
-    if env_info["env_id"] != env_id:
+    if env_id and env_info["env_id"] != env_id:
         raise UserError(f"{path} holds {env_info['env_id']} demonstrations, not {env_id}")
     episodes = meta.get("episodes")
     if not isinstance(episodes, list):
@@ -527,14 +534,21 @@ class Episode:
     All methods raise UserError that names the file, the episode and the field at fault.
     """
 
-    def __init__(self, path: Path, entry: dict, env_id: str):
-        """entry: of the .json file. Reads the arrays of the .h5 file."""
+    def __init__(
+        self,
+        path: Path,
+        entry: dict,
+        env_id: str,
+        arrays: dict[str, np.ndarray],
+        actions: str = "actions",
+    ):
+        """entry: of the .json file. arrays: by their names. actions: the name of the actions."""
         self.path = path
         self.entry = entry
         self.env_id = env_id
         self.task = get_task(env_id)
-        self.arrays = read_arrays(path, f"traj_{entry['episode_id']}")
-        shape = self.arrays.get("actions", np.array(0)).shape
+        self.arrays = arrays
+        shape = self.arrays.get(actions, np.array(0)).shape
         if not shape or shape[0] == 0:
             raise self.error("there are no actions")
         self.T = shape[0]
@@ -783,3 +797,30 @@ def warn_of_long_episodes(env_id: str, meta: dict, lengths: list[int]) -> None:
             f"warning: {num_late} of {len(lengths)} demonstrations of {env_id} take longer than "
             f"its episodes of {horizon} steps: {advice}"
         )
+
+
+# ---- the script ----
+def to_lerobot(file: Positional[Path], folder: Positional[Path]) -> None:
+    """Writes the successful episodes of an .h5 file as a LeRobotDataset (v3).
+
+    Args:
+        file: in ManiSkill's trajectory format, with its .json file beside it
+        folder: a new folder
+    """
+    # Its packages are needed for nothing else.
+    from world.lerobot import write_lerobot
+
+    meta = read_meta(file)
+    (env_id,) = env_ids(meta["env_info"]["env_id"])
+    choose_renderer("auto")
+    frames = read_episodes(file, env_id, meta, len(meta["episodes"]), IMAGE_SIZE, tqdm)
+    write_lerobot(folder, env_id, frames)
+    print(f"wrote {len(frames)} episodes of {env_id} into {folder}")
+
+
+if __name__ == "__main__":
+    # The rest of world/ knows nothing of plumbing/.
+    from plumbing.run import one_line_errors
+
+    with one_line_errors():
+        tyro.extras.subcommand_cli_from_dict({"to-lerobot": to_lerobot})

@@ -31,8 +31,6 @@ TRAIN_SEEDS = 2**30
 # Evaluation's seeds begin here, so the two never meet.
 EVAL_SEED = TRAIN_SEEDS
 
-# Seconds per env step of the Panda's tasks (20 Hz control).
-CONTROL_STEP = 0.05
 # Metres: how far above the object the expert comes in.
 HOVER = 0.08
 # Metres: the fingers close this near to the grip. From further off they may hold a corner, and the
@@ -57,6 +55,8 @@ class Arm:
     # The link between the fingertips, which open along its y axis.
     tool: str
     control_mode: str
+    # Env steps per second.
+    control_freq: int
     # (6,): how far an action of 1 moves (m) and turns (rad) the tool, in world axes.
     unit: tuple[float, ...]
     # (A,): the largest action of the expert. Tokens and demonstrations span -limit to limit.
@@ -66,6 +66,7 @@ class Arm:
 PANDA = Arm(
     tool="panda_hand_tcp",
     control_mode="pd_ee_delta_pose",
+    control_freq=20,
     # ManiSkill scales the Panda's rotations by their lower bound, which is -0.1 rad.
     unit=(0.1, 0.1, 0.1, -0.1, -0.1, -0.1),
     limit=(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0),
@@ -73,6 +74,7 @@ PANDA = Arm(
 WIDOWX = Arm(
     tool="ee_gripper_link",
     control_mode="arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos",
+    control_freq=5,
     # The WidowX is driven in the frame of its base, which is turned by 180 degrees.
     unit=(-1, -1, 1, -1, -1, 1),
     limit=(0.05, 0.05, 0.05, 0.3, 0.3, 0.3, 1.0),
@@ -417,7 +419,7 @@ def left_to_rest(state: State) -> Tensor:
 
     Success needs the robot at rest.
     """
-    return state["to_goal"] + CONTROL_STEP * state["speed"]
+    return state["to_goal"] + state["speed"] / PANDA.control_freq
 
 
 # ---- StackCube-v1 ----

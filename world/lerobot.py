@@ -1,0 +1,339 @@
+"""Demonstrations as a LeRobotDataset (v3, a local folder), which LeRobot's tools read and write.
+
+`read_lerobot` reads one that shows what our policies see, in our action convention:
+
+    observation.images.base   (side, side, 3) image or video, our camera's picture
+    observation.state         (8,) tool position, tool quaternion (w, x, y, z), gripper opening
+    action                    (A,) the labels, in the env's own units
+    geometry, stage           (8,), (1,) optional: targets of sft.py's auxiliary loss, and the stage
+
+The task of the dataset is the env's instruction, and its frames per second are the env's steps.
+`write_lerobot` writes the same from an .h5 file. Images are PNGs, so nothing is lost.
+lerobot itself is not needed. Its format is that of lerobot 0.4.4 (src/lerobot/datasets).
+Letters: T steps of an episode, A numbers of an action.
+"""
+
+import io
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from stare_utils import Tensor
+from world.assets import IMAGE_SIZE
+from world.demos import PIXELS, Episode, Frames, damage_in_one_line, executed
+from world.tasks import UserError, get_task
+
+try:
+    import pandas as pd
+    import pyarrow  # noqa: F401
+except ImportError:
+    # Nothing else here needs them.
+    raise UserError("LeRobot datasets need two packages: pip install pandas pyarrow") from None
+
+VERSION = "v3.0"
+IMAGE = "observation.images.base"
+STATE = "observation.state"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+# What each frame has beside the features of the recorder.
+COUNTERS = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+
+
+# ---- reading ----
+def read_lerobot(
+    folder: Path,
+    env_id: str,
+    num_demos: int,
+    image_size: int = IMAGE_SIZE,
+    progress: type[tqdm] = tqdm,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The frames of the first `num_demos` episodes of a LeRobotDataset: see demos.read_demos.
+
+    Geometry is NaN where the dataset has none, and the stage is -1.
+    Raises UserError that names the folder, the episode and the field at fault.
+    """
+    info = read_info(folder, env_id)
+    check_words(folder, env_id)
+    bar = progress(
+        total=min(num_demos, info["total_episodes"]), desc="read demonstrations", unit="episode"
+    )
+    frames = []
+    for number, arrays in episodes_of(folder, info):
+        if len(frames) == num_demos:
+            break
+        episode = Episode(folder, {"episode_id": number}, env_id, arrays, "action")
+        frames.append(recorded(episode, image_size))
+        bar.update()
+    bar.close()
+    if not frames:
+        raise UserError(f"{folder} holds no episode")
+    return tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*frames))
+
+
+def recorded(episode: Episode, side: int) -> Frames:
+    """The frames of one episode, checked."""
+    T = episode.T
+    A = len(episode.task.arm.limit)
+    rgb = episode.array(IMAGE, (T, side, side, 3), PIXELS)
+    proprio = episode.array(STATE, (T, 8))
+    # The controller clips a large number, if it is finite.
+    largest = np.finfo(np.float32).max
+    action = episode.array("action", (T, A), largest=largest)
+    geometry = np.full((T, 8), np.nan, np.float32)
+    if "geometry" in episode.arrays:
+        geometry = episode.array("geometry", (T, 8))
+    return rgb, proprio, executed(action, episode.task.arm), geometry, episode.stages()
+
+
+def read_info(folder: Path, env_id: str) -> dict:
+    """meta/info.json, of a dataset that suits the env. Raises UserError that says what does not."""
+    file = folder / "meta/info.json"
+    try:
+        info = json.loads(file.read_text())
+        version = info["codebase_version"]
+        fps = info["fps"]
+        features = info["features"]
+        found = {name: feature["dtype"] for name, feature in features.items()}
+        info["total_episodes"] = int(info["total_episodes"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder} is no LeRobotDataset: {file} is missing or damaged") from None
+    if not str(version).startswith("v3."):
+        raise UserError(
+            f"{folder} is a LeRobotDataset {version}: convert it to {VERSION} with `python -m "
+            "lerobot.datasets.v30.convert_dataset_v21_to_v30`"
+        )
+    control_freq = get_task(env_id).arm.control_freq
+    # The same numbers mean another speed there.
+    if fps != control_freq:
+        raise UserError(
+            f"{folder} has {fps} frames per second, and {env_id} has {control_freq} steps: record "
+            "it again"
+        )
+    missing = [name for name in (IMAGE, STATE, "action") if name not in found]
+    if missing:
+        raise UserError(f"{folder}: feature {missing[0]} is missing; it has {', '.join(found)}")
+    if found[IMAGE] not in ("image", "video"):
+        raise UserError(f"{folder}: feature {IMAGE} is {found[IMAGE]}, neither image nor video")
+    return info
+
+
+def check_words(folder: Path, env_id: str) -> None:
+    """Raises UserError where a dataset's tasks are not the env's instruction alone."""
+    instruction = get_task(env_id).instruction
+    # The words are the table's index.
+    words = list(read_table(folder / "meta/tasks.parquet").index)
+    if words != [instruction]:
+        raise UserError(
+            f"{folder} holds demonstrations of {words}, and {env_id} is {instruction!r}"
+        )
+
+
+def read_table(path: Path, **filters) -> pd.DataFrame:
+    """A .parquet file. filters: of pandas.read_parquet. Raises UserError that names the file."""
+    with damage_in_one_line(path):
+        return pd.read_parquet(path, **filters)
+
+
+def episodes_of(folder: Path, info: dict) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The episodes' numbers and arrays, in order. Pictures are decoded."""
+    films = info["features"][IMAGE]["dtype"] == "video"
+    for path in sorted((folder / "meta/episodes").glob("*/*.parquet")):
+        for _, row in read_table(path).iterrows():
+            arrays = read_frames(folder, info, row)
+            if films:
+                arrays[IMAGE] = read_film(folder, info, row)
+            yield int(row["episode_index"]), arrays
+
+
+def place(folder: Path, template: str, row: pd.Series, key: str) -> Path:
+    """The file in which an episode lies. row: of the episodes' table. key: of the row's columns."""
+    with damage_in_one_line(folder / "meta/episodes"):
+        numbers = {name: int(row[f"{key}/{name}"]) for name in ("chunk_index", "file_index")}
+        return folder / template.format(video_key=IMAGE, **numbers)
+
+
+def read_frames(folder: Path, info: dict, row: pd.Series) -> dict[str, np.ndarray]:
+    """The arrays of an episode, with its pictures where these are no video."""
+    path = place(folder, info["data_path"], row, "data")
+    table = read_table(path, filters=[("episode_index", "=", row["episode_index"])])
+    arrays = {}
+    with damage_in_one_line(path):
+        for name in (STATE, "action", "geometry", "stage"):
+            if name in table:
+                arrays[name] = np.stack(table[name])
+        if IMAGE in table:
+            arrays[IMAGE] = np.stack([decode(cell["bytes"]) for cell in table[IMAGE]])
+    return arrays
+
+
+def decode(data: bytes) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of a file's bytes."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def encode(frame: np.ndarray) -> bytes:
+    """The bytes of a picture as a PNG file. frame: (H, W, 3) uint8."""
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, format="png")
+    return file.getvalue()
+
+
+def read_film(folder: Path, info: dict, row: pd.Series) -> np.ndarray:
+    """The pictures (T, H, W, 3) of an episode, from a video that holds several episodes."""
+    path = place(folder, info["video_path"], row, f"videos/{IMAGE}")
+    with damage_in_one_line(path):
+        first = round(row[f"videos/{IMAGE}/from_timestamp"] * info["fps"])
+        film = imageio.imiter(path, plugin="FFMPEG")
+        return np.stack(list(itertools.islice(film, first, first + row["length"])))
+
+
+# ---- writing ----
+def write_lerobot(folder: Path, env_id: str, episodes: list[Frames]) -> None:
+    """Writes episodes into a new folder. episodes: of demos.read_episodes.
+
+    The folder gets its name last, so it is whole or not there.
+    Raises UserError where it is there already.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there already: give another folder")
+    new = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    numbers = []
+    start = 0
+    for number, episode in enumerate(episodes):
+        numbers.append(numbers_of(episode, number, start, get_task(env_id).arm.control_freq))
+        start += len(episode[0])
+    data = new / DATA_PATH.format(chunk_index=0, file_index=0)
+    data.parent.mkdir(parents=True)
+    (new / "meta").mkdir()
+    write_data(data, episodes, numbers)
+    write_meta(new / "meta", env_id, episodes, numbers)
+    new.rename(folder)
+
+
+def features_of(episode: Frames) -> dict[str, dict]:
+    """LeRobot's description of what each frame holds."""
+    rgb, proprio, action, geometry, _ = episode
+    picture = {"dtype": "image", "shape": rgb.shape[1:], "names": ["height", "width", "channels"]}
+    features = {
+        IMAGE: picture,
+        STATE: {"dtype": "float32", "shape": proprio.shape[1:], "names": None},
+        "action": {"dtype": "float32", "shape": action.shape[1:], "names": None},
+        "geometry": {"dtype": "float32", "shape": geometry.shape[1:], "names": None},
+        "stage": {"dtype": "int64", "shape": (1,), "names": None},
+    }
+    for name, dtype in COUNTERS.items():
+        features[name] = {"dtype": dtype, "shape": (1,), "names": None}
+    return features
+
+
+def numbers_of(episode: Frames, number: int, start: int, fps: int) -> dict[str, np.ndarray]:
+    """All of an episode but the pictures, T rows each. start: the dataset's frames before it."""
+    rgb, proprio, action, geometry, stage = episode
+    steps = np.arange(len(rgb))
+    return {
+        STATE: proprio.astype(np.float32),
+        "action": action.astype(np.float32),
+        "geometry": geometry.astype(np.float32),
+        "stage": stage.astype(np.int64),
+        "timestamp": (steps / fps).astype(np.float32),
+        "frame_index": steps,
+        "episode_index": np.full(len(rgb), number),
+        "index": start + steps,
+        "task_index": np.zeros(len(rgb), np.int64),
+    }
+
+
+def write_data(path: Path, episodes: list[Frames], numbers: list[dict[str, np.ndarray]]) -> None:
+    """Writes the frames of all episodes into one file. numbers: of `numbers_of`."""
+    tables = []
+    for (rgb, *_), columns in zip(episodes, numbers):
+        pictures = []
+        for t, frame in enumerate(rgb):
+            pictures.append({"bytes": encode(frame), "path": f"frame-{t:06d}.png"})
+        rows = {name: list(column) for name, column in columns.items()}
+        tables.append(pd.DataFrame({IMAGE: pictures, **rows}))
+    pd.concat(tables).to_parquet(path, index=False)
+
+
+def statistics(values: np.ndarray, shape: tuple[int, ...]) -> dict[str, list]:
+    """Smallest, largest, mean and deviation of values (M, numbers), each in LeRobot's shape."""
+    found = {
+        "min": values.min(0),
+        "max": values.max(0),
+        "mean": values.mean(0),
+        "std": values.std(0),
+    }
+    return {name: value.reshape(shape).tolist() for name, value in found.items()}
+
+
+def all_statistics(episodes: list[Frames], numbers: list[dict[str, np.ndarray]]) -> dict:
+    """What LeRobot's stats.json holds. numbers: of `numbers_of`."""
+    stats = {}
+    for name in numbers[0]:
+        column = np.concatenate([columns[name] for columns in numbers]).astype(np.float64)
+        column = column.reshape(len(column), -1)
+        stats[name] = {**statistics(column, column.shape[1:]), "count": [len(column)]}
+    # Some pictures of each episode are enough, as in LeRobot. Channels are from 0 to 1.
+    pictures = np.concatenate([rgb[:: max(1, len(rgb) // 4)] for rgb, *_ in episodes])
+    pixels = pictures.reshape(-1, 3) / 255
+    stats[IMAGE] = {**statistics(pixels, (3, 1, 1)), "count": [len(pictures)]}
+    return stats
+
+
+def write_meta(
+    folder: Path, env_id: str, episodes: list[Frames], numbers: list[dict[str, np.ndarray]]
+) -> None:
+    """Writes what describes the frames. numbers: of `numbers_of`."""
+    task = get_task(env_id)
+    N = len(episodes)
+    lengths = [len(rgb) for rgb, *_ in episodes]
+    ends = np.cumsum(lengths)
+    info = {
+        "codebase_version": VERSION,
+        "robot_type": task.arm.tool,
+        "total_episodes": N,
+        "total_frames": int(ends[-1]),
+        "total_tasks": 1,
+        "chunks_size": 1000,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": task.arm.control_freq,
+        "splits": {"train": f"0:{N}"},
+        "data_path": DATA_PATH,
+        "video_path": None,
+        "features": features_of(episodes[0]),
+    }
+    (folder / "info.json").write_text(json.dumps(info, indent=4))
+    stats = all_statistics(episodes, numbers)
+    (folder / "stats.json").write_text(json.dumps(stats, indent=4))
+    # The words are the table's index.
+    words = pd.DataFrame({"task_index": [0]}, index=[task.instruction])
+    words.to_parquet(folder / "tasks.parquet")
+    rows = {
+        "episode_index": range(N),
+        "tasks": [[task.instruction]] * N,
+        "length": lengths,
+        "data/chunk_index": 0,
+        "data/file_index": 0,
+        "dataset_from_index": ends - lengths,
+        "dataset_to_index": ends,
+        "meta/episodes/chunk_index": 0,
+        "meta/episodes/file_index": 0,
+    }
+    path = folder / "episodes/chunk-000/file-000.parquet"
+    path.parent.mkdir(parents=True)
+    pd.DataFrame(rows).to_parquet(path, index=False)
