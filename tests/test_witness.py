@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 import sft
 import vla
 import world.demos
-from world.demos import collect_demos, executed, open_h5, read_demos
+from world.demos import collect_demos, open_h5, read_demos
 from world.envs import StageEnv
+from world.episodes import executed
 from world.tasks import TASKS, UserError
 
 ENV_ID = "PickCube-v1"

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from stare_utils import Tensor
 from world.assets import IMAGE_SIZE
-from world.demos import PIXELS, Episode, Frames, damage_in_one_line, executed
+from world.episodes import PIXELS, Episode, Frames, damage_in_one_line, executed
 from world.tasks import UserError, get_task
 
 try:
@@ -202,7 +202,7 @@ def read_film(folder: Path, info: dict, row: pd.Series) -> np.ndarray:
 
 # ---- writing ----
 def write_lerobot(folder: Path, env_id: str, episodes: list[Frames]) -> None:
-    """Writes episodes into a new folder. episodes: of demos.read_episodes.
+    """Writes episodes into a new folder. episodes: of demos.py's `read_episodes`.
 
     The folder gets its name last, so it is whole or not there.
     Raises UserError where it is there already.
