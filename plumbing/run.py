@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 import weakref
 from pathlib import Path
 
@@ -321,11 +322,7 @@ class Run:
                 )
             self.print_changes(settings)
             if settings["track"]:
-                import wandb
-
-                project = "stare-vla"
-                name = self.folder.name
-                wandb.init(project=project, name=name, config=settings, sync_tensorboard=True)
+                log_to_wandb(self.folder, settings)
             self.writer = SummaryWriter(self.folder, purge_step=step + 1)
             rows = "\n".join(f"|{key}|{value}|" for key, value in settings.items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
@@ -387,6 +384,25 @@ class Run:
 
 
 # ---- what a run reports while it works ----
+def log_to_wandb(folder: Path, settings: dict) -> None:
+    """Sends what TensorBoard logs to Weights & Biases, too. WANDB_MODE=offline keeps it here."""
+    # Only those who log there have it.
+    import wandb
+
+    # A resumed run goes on under the id that it had.
+    file = folder / "wandb_id.txt"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    wandb.init(
+        project="stare-vla",
+        name=folder.name,
+        id=file.read_text(),
+        resume="allow",
+        config=settings,
+        sync_tensorboard=True,
+    )
+
+
 class Progress(tqdm):
     """tqdm's bar on a terminal. Elsewhere (nohup, a log file, CI) a plain line every 30 s.
 

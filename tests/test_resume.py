@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import call, differing, invent_rollouts, scalars, write_demos
+from conftest import call, differing, invent_rollouts, output_of, scalars, write_demos
 
 import sft
 import sta_tpo
@@ -105,3 +105,17 @@ def test_sta_tpo_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
     flags = "--batch-size 8 --num-epochs 2 --save-freq 3 --num-eval-episodes 0 --no-cuda"
     start = ("--checkpoint", checkpoint, "--lora-rank", lora_rank)
     check_resume(sta_tpo, monkeypatch, tmp_path, *start, *flags.split())
+
+
+def test_a_resumed_run_goes_on_under_its_id_at_wandb(tmp_path):
+    demos = write_demos(tmp_path / "demos.h5")
+    flags = "--env-id PickCube-v1 --track --batch-size 4 --num-eval-episodes 0 --no-cuda --resume"
+    args = ("--demo-path", demos, *flags.split(), "--output-dir", tmp_path / "run")
+    for updates in (50, 100):
+        output_of("sft.py", *args, "--num-updates", updates, cwd=tmp_path, WANDB_MODE="offline")
+    kept = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(kept) == 2
+    # Both are parts of one run, and hold what TensorBoard shows.
+    assert len({file.name for file in kept}) == 1
+    for file in kept:
+        assert b"losses/ce" in file.read_bytes()
