@@ -536,9 +536,10 @@ def main(args: Args) -> None:
     # ---- load ----
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     model, processor, folder = load_policy(given, device)
-    # An OpenVLA's norm_stats name its data sets too.
+    # norm_stats name data sets, too, and what the tiny model has learned to see on.
     known = list(model.config.norm_stats)
-    tasks = env_ids(args.env_id or ",".join([name for name in known if name in TASKS] or known))
+    known = [name for name in known if name in TASKS] or known
+    tasks = env_ids(args.env_id or ",".join(known))
     texts = {}
     for env_id in tasks:
         words = words_for(env_id, args.instruction, args.instruction_set)
@@ -557,7 +558,7 @@ def main(args: Args) -> None:
     for env_id in tasks:
         start = time.time()
         # A policy of one task needs no task in the names of its files.
-        task_name = env_id if len(model.config.norm_stats) > 1 else ""
+        task_name = env_id if len(known) > 1 else ""
         suffix = file_suffix(task_name, args.ood, args.instruction, texts[env_id])
         films = []
         means = evaluate(
