@@ -89,7 +89,7 @@ class Args:
     cuda: bool = True
     """put the model on the GPU if there is one"""
     capture_video: bool = False
-    """write video.mp4: a grid of the first 16 episodes as the policy sees them"""
+    """film the first 16 episodes as the policy sees them: in report.html, and video.mp4"""
     ood: Literal["none", "position", "camera", "lighting"] = "none"
     """what each episode's seed changes: object places, camera places or lamps (docs/tasks.md)"""
     instruction_set: Literal["train", "paraphrase"] = "train"
@@ -497,10 +497,11 @@ def describe(means, env_id, trained, method, ood, words, commit, seconds) -> dic
     }
 
 
-def report(output: Path, suffix: str, result: dict, trained: dict, films: list) -> None:
+def report(output: Path, suffix: str, result: dict, trained: dict, films: list, run: Path) -> None:
     """Prints a result and writes its files. trained: the checkpoint's args.json.
 
-    films: frames of each filmed episode; empty: no video.
+    films: frames of each filmed episode; empty: no video. run: the policy's run folder, which has
+    its training curves.
     """
     results = output / f"results{suffix}.json"
     page = output / f"report{suffix}.html"
@@ -511,7 +512,7 @@ def report(output: Path, suffix: str, result: dict, trained: dict, films: list) 
     print(table)
     if "separator" in result:
         print(separator_line(result["separator"]))
-    write_page(page, result, trained, table, films)
+    write_page(page, result, trained, table, films, run)
     line = f"wrote {results}, {page}"
     if films and if_possible(str(video), write_video, video, films):
         line += f" and {video}"
@@ -536,9 +537,10 @@ def main(args: Args) -> None:
     # ---- load ----
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     model, processor, folder = load_policy(given, device)
-    # norm_stats name data sets, too, and what the tiny model has learned to see on.
-    known = list(model.config.norm_stats)
-    known = [name for name in known if name in TASKS] or known
+    # norm_stats may name data sets, too.
+    known = [name for name in model.config.norm_stats if name in TASKS]
+    if not (args.env_id or known):
+        raise UserError(f"{given} knows the actions of no task here: train it with sft.py --vla")
     tasks = env_ids(args.env_id or ",".join(known))
     texts = {}
     for env_id in tasks:
@@ -558,7 +560,7 @@ def main(args: Args) -> None:
     for env_id in tasks:
         start = time.time()
         # A policy of one task needs no task in the names of its files.
-        task_name = env_id if len(known) > 1 else ""
+        task_name = "" if known == [env_id] else env_id
         suffix = file_suffix(task_name, args.ood, args.instruction, texts[env_id])
         films = []
         means = evaluate(
@@ -579,7 +581,7 @@ def main(args: Args) -> None:
         result = describe(
             means, env_id, trained, args.method, args.ood, texts[env_id], commit, seconds
         )
-        report(output, suffix, result, trained, films)
+        report(output, suffix, result, trained, films, run)
         # The card of a run's own checkpoint says how good it is, under the training conditions.
         if trained and output == folder.parent and not suffix:
             card = model_card(trained, model.config, success_line(result))

@@ -58,7 +58,8 @@ from plumbing.run import (
     refuse_nan,
 )
 from world.assets import check_world, choose_renderer
-from world.demos import collect_demos, is_ordinary, read_demos
+from world.demos import collect_demos, read_demos
+from world.episodes import is_ordinary
 from world.tasks import TASKS, UserError, env_ids
 
 LOG_FREQ = 50  # updates between two rows of the log
@@ -82,8 +83,8 @@ class Args:
 
     # the policy and the tasks
     vla: str = "base"
-    """`base` (the shipped tiny model, which has learned to see, but no action), `tiny` (the same
-    from scratch), a checkpoint folder, or an OpenVLA: its published folder, or its hub id"""
+    """`base` (the shipped tiny model: it sees, and knows no action yet), `tiny` (the same from
+    scratch), a checkpoint folder, or an OpenVLA: its published folder, or its hub id"""
     env_id: str = "PickCube-v1"
     """task, or several with commas between them"""
     num_envs: int = 8
@@ -197,7 +198,7 @@ class Frames:
 
 
 def demo_paths(text: str) -> list[Path]:
-    """The files of --demo-path. A comma may be a part of a file's name, or stand between two."""
+    """The files and folders of --demo-path. A comma may be a part of a name, or separate two."""
     if os.path.exists(text):
         return [Path(text)]
     paths = []
@@ -534,7 +535,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
             # in units of 10 cm
             geometry = frames.geometry[chunk].to(device) / 0.1
             read_out = heads["aux"](hidden.float())
-            # NaN stands where a recording does not know the objects' places. There is no error.
+            # NaN stands where a recording does not know the objects' places. Its error is 0.
             target = torch.where(geometry.isnan(), read_out.detach(), geometry)
             aux_loss = F.smooth_l1_loss(read_out, target)
             # STARE: the learned separator reads the stage off the hidden state. It teaches the

@@ -1,6 +1,8 @@
 """checkpoints/base: the tiny model after it has learned to see. sft.py starts from it.
 
-    python benchmark/base.py        # about an hour on two CPU cores; a stopped run goes on
+    python benchmark/base.py        # about an hour on two CPU cores
+
+Recorded frames are kept, so a stopped run records no frame twice. Training begins again.
 
 OpenVLA begins with towers that have seen millions of pictures. The tiny model from scratch has seen
 none, and 100 demonstrations show it 100 places of a cube. Here it sees frames of all tasks in which
@@ -31,7 +33,7 @@ from plumbing.checkpoint import save_checkpoint
 from plumbing.run import Progress, one_line_errors
 from world.assets import IMAGE_SIZE, choose_renderer
 from world.demos import ClumsyExpert
-from world.tasks import TASKS, TRAIN_SEEDS, env_ids
+from world.tasks import TASKS, TRAIN_SEEDS, UserError, env_ids
 from world.vector import ScriptedExpert, make_envs
 
 # What is kept of a frame: its shape and its type.
@@ -49,7 +51,7 @@ class Args:
     output: str = "checkpoints/base"
     """folder of the model"""
     frames: str = "runs/base"
-    """folder of the frames, which are used again where they are there"""
+    """folder of the frames. Those that are there are used again, whatever the seed"""
     num_frames: int = 10000
     """frames of each task. The last twentieth is held out"""
     num_updates: int = 10000
@@ -102,12 +104,19 @@ def play(folder: Path, env_id: str, args: Args) -> None:
 class Frames:
     """The frames of all tasks, on disk. Frame i of task k is row k M + i."""
 
-    def __init__(self, folder: Path, ids: list[str]):
+    def __init__(self, folder: Path, ids: list[str], M: int):
+        """M: frames of each task. Raises UserError where a task has another number."""
+        self.M = M
         self.arrays = []
         for env_id in ids:
             files = {name: folder / env_id / f"{name}.npy" for name in FIELDS}
-            self.arrays.append({name: np.load(f, mmap_mode="r") for name, f in files.items()})
-        self.M = len(self.arrays[0]["proprio"])
+            arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+            if len(arrays["rgb"]) != M:
+                raise UserError(
+                    f"{folder / env_id} has {len(arrays['rgb'])} frames, not {M}: "
+                    "give another --frames"
+                )
+            self.arrays.append(arrays)
         proprio = np.concatenate([arrays["proprio"] for arrays in self.arrays])
         self.stats = {
             "mean": proprio.mean(0).tolist(),
@@ -161,14 +170,15 @@ class Reader:
 
     def save(self, args: Args, seconds: float) -> None:
         """Writes the model. It knows no task's actions, only what proprioception looks like."""
-        anything = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}
-        self.model.config.norm_stats = {"base": {"action": anything, "proprio": self.frames.stats}}
+        # One number that never moves: nobody can act with it.
+        nothing = {"q01": [0.0], "q99": [0.0], "mask": [True]}
+        self.model.config.norm_stats = {"base": {"action": nothing, "proprio": self.frames.stats}}
         output = Path(args.output)
         work = output.with_name(f"{output.name}.tmp")
         settings = {**asdict(args), "method": "base", "wall_s": round(seconds, 1)}
         save_checkpoint(work, self.model, self.processor, settings, {"script": "base"})
-        # Nobody resumes from it.
-        for name in ("training_state.safetensors", "checksums.json"):
+        # Nobody resumes from it, and nobody acts with it.
+        for name in ("training_state.safetensors", "checksums.json", "vla.py"):
             (work / "checkpoint" / name).unlink()
         shutil.rmtree(output, ignore_errors=True)
         (work / "checkpoint").rename(output)
@@ -182,12 +192,12 @@ def main(args: Args) -> None:
     for env_id in ids:
         if not (folder / env_id).exists():
             play(folder, env_id, args)
-    frames = Frames(folder, ids)
+    M = args.num_frames
+    frames = Frames(folder, ids, M)
     # Neighbouring frames are of one episode, so the held-out ones are the last.
-    M = frames.M
     rows = torch.arange(len(ids) * M)
     train = rows[rows % M < 0.95 * M]
-    test = rows[rows % M >= 0.95 * M][::5]
+    test = rows[rows % M >= 0.95 * M]
 
     set_seed(args.seed)
     reader = Reader(args, frames, ids)
@@ -214,8 +224,8 @@ def main(args: Args) -> None:
             tasks = ", ".join(f"{env_id} {x:.4f}" for env_id, x in zip(ids, found))
             print(f"update {step + 1}: loss {np.mean(losses):.4f}, held out: {tasks}", flush=True)
             losses = []
-            reader.save(args, time.time() - start)
     progress.close()
+    reader.save(args, time.time() - start)
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def model_folder(name: str | Path) -> Path:
     """The folder that holds a model.
 
     name: that folder, a run's folder, or a hub id `owner/name` where there is no folder `owner`.
-    `base` is the shipped tiny model that has learned to see, and no action (benchmark/base.py).
+    `base` is the shipped tiny model, which sees and knows no action yet (benchmark/base.py).
     A model of the hub is downloaded once. Raises UserError where the hub does not give it.
     A folder that does not exist is returned as it is.
     """

@@ -65,7 +65,7 @@ def funnel_rows(result: dict, stages: tuple[str, ...]) -> str:
     lines = []
     for stage, rate, share, steps in zip(stages, rates, funnel(rates), result["stage_steps"]):
         # Where no episode came so far, the share is NaN.
-        of_those = "–" if np.isnan(share) else f"{100 * share:.1f} %"
+        of_those = "&ndash;" if np.isnan(share) else f"{100 * share:.1f} %"
         lines.append(
             f'<tr><th>{stage}</th><td class="number">{100 * rate:.1f} %</td>'
             f'<td class="bar"><div style="width:{100 * rate:.1f}%"></div></td>'
@@ -124,49 +124,66 @@ def curves_svg(run: Path) -> str:
     return f"<h2>Training</h2>\n{svg[svg.index('<svg') :]}"
 
 
+def text(value: object) -> str:
+    """A value as it is shown. A stranger's checkpoint may say anything."""
+    return html.escape(str(value))
+
+
 def origin_text(result: dict, trained: dict) -> str:
     """How the policy and the result were made. trained: the checkpoint's args.json."""
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    training = html.escape(trained.get("command", "unknown"))
-    evaluation = html.escape(result["command"])
     return (
-        f"Trained by <code>{training}</code> ({trained.get('env_steps')} env steps, "
-        f"{trained.get('wall_s')} s), evaluated by <code>{evaluation}</code> at commit "
-        f"{result['commit'] or 'unknown'}. Python {sys.version.split()[0]}, {versions}. "
-        "Every flag: checkpoint/args.json."
+        f"Trained by <code>{text(trained.get('command', 'unknown'))}</code> "
+        f"({text(trained.get('env_steps'))} env steps, {text(trained.get('wall_s'))} s), "
+        f"evaluated by <code>{text(result['command'])}</code> "
+        f"at commit {text(result['commit'] or 'unknown')}. "
+        f"Python {sys.version.split()[0]}, {versions}. Every flag: checkpoint/args.json."
     )
 
 
+def film_figures(path: Path, films: list, rows: list[dict], stages: tuple[str, ...]) -> str:
+    """The films of the first episodes, and a sentence that says how many there are."""
+    if not films:
+        return "<p>Not filmed: eval.py films with --capture-video.</p>"
+    figures = []
+    for film, row in zip(films, rows):
+        figure = if_possible(f"a film of {path}", film_figure, film, row, stages)
+        # The encoder would fail again.
+        if figure is None:
+            return "<p>The films could not be encoded.</p>"
+        figures.append(figure)
+    count = f"<p>The first {len(figures)} of {len(rows)} episodes are filmed.</p>"
+    return "\n".join([count, '<div class="films">', *figures, "</div>"])
+
+
 def write_page(
-    path: Path, result: dict, trained: dict, table: str, films: list[list[np.ndarray]]
+    path: Path,
+    result: dict,
+    trained: dict,
+    table: str,
+    films: list[list[np.ndarray]],
+    run: Path,
 ) -> None:
-    """Writes the page of a result into its run's folder.
+    """Writes the page of a result.
 
     trained: the checkpoint's args.json. table: what `result_table` returned. films: the frames of
-    the first episodes. What cannot be drawn is left out with a warning.
+    the first episodes. run: the policy's run folder, which has its training curves.
+    What cannot be drawn is left out with a warning.
     """
     rows = result["episodes"]
     stages = get_task(result["env_id"]).stages
     success, low, high = success_percent(result)
-    figures = []
-    for film, row in zip(films, rows):
-        figure = if_possible(f"a film of {path}", film_figure, film, row, stages)
-        if figure is None:
-            break
-        figures.append(figure)
-    if not figures:
-        figures = ["<p>Not filmed: eval.py films with --capture-video.</p>"]
     page = Template(FORM.read_text()).substitute(
-        title=html.escape(f"{result['method']} on {result['env_id']}"),
+        title=text(f"{result['method']} on {result['env_id']}"),
         success=f"{success:.1f} % of {len(rows)} greedy episodes solved "
         f"(95 % interval {low:.1f} to {high:.1f})",
         funnel=funnel_rows(result, stages),
         filters=filter_buttons(rows, stages),
-        films="\n".join(figures),
+        films=film_figures(path, films, rows, stages),
         count=len(rows),
         rows=episode_rows(rows, stages),
-        curves=if_possible(f"a curve of {path}", curves_svg, path.parent) or "",
-        table=html.escape(table),
+        curves=if_possible(f"a curve of {path}", curves_svg, run) or "",
+        table=text(table),
         origin=origin_text(result, trained),
     )
     write_text(path, page)

@@ -309,7 +309,7 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
-def if_possible(what: str, make: Callable, *args) -> object | None:
+def if_possible(what: str, make: Callable, *args) -> object:
     """Returns make(*args). Where that fails, it prints a warning and returns None.
 
     what: the name in the warning. It is for pictures and videos: the numbers are written already.

@@ -393,14 +393,19 @@ def log_to_wandb(folder: Path, settings: dict) -> None:
     file = folder / "wandb_id.txt"
     if not file.exists():
         file.write_text(uuid.uuid4().hex)
-    wandb.init(
-        project="stare-vla",
-        name=folder.name,
-        id=file.read_text(),
-        resume="allow",
-        config=settings,
-        sync_tensorboard=True,
-    )
+    try:
+        wandb.init(
+            project="stare-vla",
+            name=folder.name,
+            id=file.read_text(),
+            resume="allow",
+            config=settings,
+            sync_tensorboard=True,
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"--track: {first_line(str(error))}; run `wandb login`, or set WANDB_MODE=offline"
+        ) from None
 
 
 class Progress(tqdm):

@@ -59,6 +59,35 @@ def pytest_collection_modifyitems(items):
 
 
 # ---- running a script ----
+# A result of eval.py: one episode is solved, one is lost in transport.
+RESULT = {
+    "method": "SFT",
+    "env_id": "PickCube-v1",
+    "success_once": 0.5,
+    "success_at_end": 0.5,
+    "stage_reach_rate": [1.0, 1.0, 0.5, 0.5],
+    "stage_steps": [10.0, 5.0, 20.0, 1.0],
+    "episodes": [
+        {
+            "seed": 0,
+            "success_once": True,
+            "success_at_end": True,
+            "furthest_stage": 4,
+            "episode_len": 50,
+        },
+        {
+            "seed": 1,
+            "success_once": False,
+            "success_at_end": False,
+            "furthest_stage": 2,
+            "episode_len": 50,
+        },
+    ],
+    "command": "python eval.py",
+    "commit": "",
+}
+
+
 def cli(script, *args, cwd, **env):
     """Runs `python script args` in the folder cwd, as the README writes it."""
     command = [sys.executable, ROOT / script, *map(str, args)]

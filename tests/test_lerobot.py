@@ -23,7 +23,7 @@ from world.tasks import TASKS, UserError
 
 ENV_ID = "PickCube-v1"
 LEROBOT = os.environ.get("LEROBOT_PYTHON", sys.executable)
-FLAGS = "--num-updates 2 --batch-size 4 --num-eval-episodes 0 --no-cuda".split()
+FLAGS = "--vla tiny --num-updates 2 --batch-size 4 --num-eval-episodes 0 --no-cuda".split()
 
 # What lerobot sees of a folder, as JSON.
 LOOK = """
@@ -96,26 +96,39 @@ def change_data(folder, change) -> None:
     change(table).to_parquet(path, index=False)
 
 
-def as_video(folder, crf: int = 0) -> None:
-    """Replaces a dataset's pictures by a video, as lerobot does by default."""
+def change_episodes(folder, change) -> None:
+    """Lets `change` work on the table of episodes."""
+    path = folder / "meta/episodes/chunk-000/file-000.parquet"
+    change(pd.read_parquet(path)).to_parquet(path, index=False)
+
+
+def drop(folder, *names: str) -> None:
+    """Takes features away."""
+    change_data(folder, lambda table: table.drop(columns=list(names)))
+    features = json.loads((folder / "meta/info.json").read_text())["features"]
+    change_info(folder, features={k: v for k, v in features.items() if k not in names})
+
+
+def as_video(folder, fps: int = 20) -> None:
+    """Replaces a dataset's pictures by a video, as lerobot does by default. Nothing is lost."""
     path = folder / "data/chunk-000/file-000.parquet"
     table = pd.read_parquet(path)
     frames = [imageio.imread(cell["bytes"]) for cell in table.pop(IMAGE)]
     table.to_parquet(path, index=False)
     film = folder / f"videos/{IMAGE}/chunk-000/file-000.mp4"
     film.parent.mkdir(parents=True)
-    options = {"fps": 20, "codec": "libx264rgb", "pixelformat": "rgb24"}
-    imageio.imwrite(film, np.stack(frames), output_params=["-crf", str(crf)], **options)
+    options = {"fps": fps, "codec": "libx264rgb", "pixelformat": "rgb24"}
+    imageio.imwrite(film, np.stack(frames), output_params=["-crf", "0"], **options)
     info = json.loads((folder / "meta/info.json").read_text())
     info["features"][IMAGE]["dtype"] = "video"
     video_path = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
     change_info(folder, features=info["features"], video_path=video_path)
-    path = folder / "meta/episodes/chunk-000/file-000.parquet"
-    rows = pd.read_parquet(path)
-    rows[f"videos/{IMAGE}/chunk_index"] = 0
-    rows[f"videos/{IMAGE}/file_index"] = 0
-    rows[f"videos/{IMAGE}/from_timestamp"] = rows["dataset_from_index"] / 20
-    rows.to_parquet(path, index=False)
+    video = {f"videos/{IMAGE}/chunk_index": 0, f"videos/{IMAGE}/file_index": 0}
+    start = f"videos/{IMAGE}/from_timestamp"
+    change_episodes(
+        folder,
+        lambda rows: rows.assign(**video, **{start: rows["dataset_from_index"] / 20}),
+    )
 
 
 # ---- what is written is read again ----
@@ -135,12 +148,11 @@ def test_the_first_episodes_are_taken(file, folder):
 def test_a_video_of_several_episodes_is_cut_at_the_right_frames(folder):
     before = read_lerobot(folder, ENV_ID, 100)[0]
     as_video(folder)
-    # This codec loses nothing.
     assert torch.equal(read_lerobot(folder, ENV_ID, 100)[0], before)
 
 
 def test_without_geometry_and_stage_both_are_unknown(folder):
-    change_data(folder, lambda table: table.drop(columns=["geometry", "stage"]))
+    drop(folder, "geometry", "stage")
     _, _, _, geometry, stage = read_lerobot(folder, ENV_ID, 100)
     assert geometry.isnan().all() and (stage == -1).all()
 
@@ -172,7 +184,7 @@ def test_a_file_becomes_a_dataset_and_a_policy(file, tmp_path):
 
 
 def test_unknown_geometry_is_no_error(folder, tmp_path):
-    change_data(folder, lambda table: table.drop(columns=["geometry"]))
+    drop(folder, "geometry")
     run = tmp_path / "run"
     call(sft, "--env-id", ENV_ID, "--demo-path", folder, "--output-dir", run, *FLAGS)
     logged = scalars(run)
@@ -185,6 +197,18 @@ def test_unknown_geometry_is_no_error(folder, tmp_path):
 def test_a_folder_that_is_no_dataset_is_named(tmp_path):
     with pytest.raises(UserError, match=r"is no LeRobotDataset: .*info.json is missing"):
         read_lerobot(tmp_path, ENV_ID, 1)
+
+
+def flip_bits(table):
+    """The table with pictures whose bytes are changed in the middle."""
+
+    def flip(cell):
+        data = bytearray(cell["bytes"])
+        for place in range(len(data) // 3, len(data) // 2):
+            data[place] ^= 255
+        return {**cell, "bytes": bytes(data)}
+
+    return table.assign(**{IMAGE: [flip(cell) for cell in table[IMAGE]]})
 
 
 FAULTS = {
@@ -202,7 +226,7 @@ FAULTS = {
     ),
     "no pictures": (
         lambda folder: change_data(folder, lambda table: table.drop(columns=[IMAGE])),
-        r"episode 0: observation.images.base is missing",
+        r"cannot read .*file-000.parquet: its bytes are damaged",
     ),
     "a state of another robot": (
         lambda folder: change_data(
@@ -223,9 +247,41 @@ FAULTS = {
         ),
         r"cannot read .*file-000.parquet: its bytes are damaged",
     ),
+    "pictures with flipped bits": (
+        lambda folder: change_data(folder, flip_bits),
+        r"cannot read .*file-000.parquet: its bytes are damaged \(a picture cannot be decoded",
+    ),
+    "lost frames": (
+        lambda folder: change_data(folder, lambda table: table.drop(index=2)),
+        r"episode 0: elapsed_steps is 6, and there are 5 actions",
+    ),
+    "mixed frames": (
+        lambda folder: change_data(folder, lambda table: table.iloc[::-1]),
+        r"episode 0: frame_index does not count from 0",
+    ),
+    "an episode twice": (
+        lambda folder: change_data(folder, lambda table: pd.concat([table, table])),
+        r"episode 0: elapsed_steps is 6, and there are 12 actions",
+    ),
+    "a lost episode": (
+        lambda folder: change_episodes(folder, lambda rows: rows.drop(index=0)),
+        r"says that it has 2 episodes, and has 1",
+    ),
+    "no name of the data": (
+        lambda folder: change_info(folder, data_path=None),
+        r"is no LeRobotDataset",
+    ),
+    "no numbers of the episodes": (
+        lambda folder: change_episodes(folder, lambda rows: rows.drop(columns="episode_index")),
+        r"cannot read .*meta/episodes",
+    ),
+    "another control mode": (
+        lambda folder: change_info(folder, control_mode="pd_joint_pos"),
+        r"control_mode is pd_joint_pos, PickCube-v1 needs pd_ee_delta_pose",
+    ),
     "a missing file": (
         lambda folder: (folder / "data/chunk-000/file-000.parquet").unlink(),
-        r"cannot read .*file-000.parquet",
+        r"cannot read .*file-000.parquet: there is no file of that name",
     ),
     "a damaged table of episodes": (
         lambda folder: (folder / "meta/episodes/chunk-000/file-000.parquet").write_bytes(b"x"),
@@ -249,12 +305,33 @@ def test_words_of_another_task_are_refused(folder):
 
 def test_a_video_that_is_too_short_is_refused(folder):
     as_video(folder)
-    path = folder / "meta/episodes/chunk-000/file-000.parquet"
-    rows = pd.read_parquet(path)
-    rows[f"videos/{IMAGE}/from_timestamp"] += 1
-    rows.to_parquet(path, index=False)
-    with pytest.raises(UserError, match="observation.images.base has the shape|bytes are damaged"):
+    start = f"videos/{IMAGE}/from_timestamp"
+    change_episodes(folder, lambda rows: rows.assign(**{start: rows[start] + 0.1}))
+    with pytest.raises(UserError, match="episode 1: observation.images.base has the shape"):
         read_lerobot(folder, ENV_ID, 100)
+
+
+def test_a_video_of_another_pace_is_refused(folder):
+    as_video(folder, fps=30)
+    with pytest.raises(UserError, match="30.0 frames per second, not 20"):
+        read_lerobot(folder, ENV_ID, 100)
+
+
+def test_episodes_longer_than_the_task_are_told(tmp_path, capsys):
+    file = write_demos(tmp_path / "slow.h5", lengths=(60, 60))
+    episodes = read_episodes(file, ENV_ID, read_meta(file), 100, 128, tqdm)
+    write_lerobot(tmp_path / "slow", ENV_ID, episodes)
+    read_lerobot(tmp_path / "slow", ENV_ID, 100)
+    words = f"2 of 2 demonstrations of {ENV_ID} take longer than its episodes of 50 steps: record"
+    assert words in capsys.readouterr().out
+
+
+def test_an_unnamed_control_mode_is_told(folder, capsys):
+    info = json.loads((folder / "meta/info.json").read_text())
+    del info["control_mode"]
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    read_lerobot(folder, ENV_ID, 100)
+    assert "names no control mode: its actions are taken as pd_ee" in capsys.readouterr().out
 
 
 # ---- lerobot itself ----

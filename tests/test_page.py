@@ -6,9 +6,9 @@ import subprocess
 
 import numpy as np
 import pytest
+from conftest import RESULT
 
 from plumbing import page
-from tests.test_writing import RESULT
 
 STAGES = ("reach", "grasp", "transport", "place")
 CHROMIUM = shutil.which("chromium")
@@ -41,18 +41,26 @@ def test_outcomes_are_counted_in_the_order_of_the_stages():
 def test_the_funnel_has_no_share_where_no_episode_came():
     result = {"stage_reach_rate": [0.5, 0.0, 0.0, 0.0], "stage_steps": [1.0, 2.0, 0.0, 0.0]}
     reach, grasp, transport, place = page.funnel_rows(result, STAGES).splitlines()
-    assert re.findall(r">([0-9.]+ %|–|[0-9.]+)<", reach) == ["50.0 %", "50.0 %", "1.0"]
-    assert re.findall(r">([0-9.]+ %|–|[0-9.]+)<", grasp) == ["0.0 %", "0.0 %", "2.0"]
-    assert re.findall(r">([0-9.]+ %|–|[0-9.]+)<", transport) == ["0.0 %", "–", "0.0"]
+    shown = r">([0-9.]+ %|&ndash;|[0-9.]+)<"
+    assert re.findall(shown, reach) == ["50.0 %", "50.0 %", "1.0"]
+    assert re.findall(shown, grasp) == ["0.0 %", "0.0 %", "2.0"]
+    assert re.findall(shown, transport) == ["0.0 %", "&ndash;", "0.0"]
 
 
 def test_words_from_outside_are_text_and_no_html(tmp_path):
     path = tmp_path / "report.html"
     method = "<script>alert(1)</script>"
-    result = {**RESULT, "method": method, "command": method}
-    page.write_page(path, result, {"command": method}, method, [])
+    result = {**RESULT, "method": method, "command": method, "commit": method}
+    trained = {"command": method, "env_steps": method, "wall_s": method}
+    page.write_page(path, result, trained, method, [], tmp_path)
     assert method not in path.read_text()
-    assert path.read_text().count("&lt;script&gt;") == 5
+    assert path.read_text().count("&lt;script&gt;") == 8
+
+
+def test_a_strangers_settings_may_say_nothing(tmp_path):
+    path = tmp_path / "report.html"
+    page.write_page(path, RESULT, {"command": None}, "table", [], tmp_path)
+    assert "Trained by <code>None</code> (None env steps" in path.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def written(tmp_path_factory):
     """A page with two films: a solved episode, and one that is lost in transport."""
     path = tmp_path_factory.mktemp("page") / "report.html"
     frames = np.random.default_rng(0).integers(0, 255, (10, 64, 64, 3), dtype=np.uint8)
-    page.write_page(path, RESULT, {}, "table", [list(frames), list(frames)])
+    page.write_page(path, RESULT, {}, "table", [list(frames), list(frames)], path.parent)
     return path
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import imageio
 import numpy as np
 import pytest
+from conftest import RESULT
 
 import eval as evaluation
 from plumbing import human_pairs, page, report
@@ -20,32 +21,6 @@ from world import assets
 from world.tasks import UserError
 
 ROOT = Path(__file__).parent.parent
-RESULT = {
-    "method": "SFT",
-    "env_id": "PickCube-v1",
-    "success_once": 0.5,
-    "success_at_end": 0.5,
-    "stage_reach_rate": [1.0, 1.0, 0.5, 0.5],
-    "stage_steps": [10.0, 5.0, 20.0, 1.0],
-    "episodes": [
-        {
-            "seed": 0,
-            "success_once": True,
-            "success_at_end": True,
-            "furthest_stage": 4,
-            "episode_len": 50,
-        },
-        {
-            "seed": 1,
-            "success_once": False,
-            "success_at_end": False,
-            "furthest_stage": 2,
-            "episode_len": 50,
-        },
-    ],
-    "command": "python eval.py",
-    "commit": "",
-}
 FRAMES = [np.zeros((16, 16, 3), np.uint8)] * 2
 
 
@@ -103,26 +78,27 @@ def test_numbers_are_there_before_any_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation, "write_page", look)
     monkeypatch.setattr(evaluation, "write_video", look)
-    evaluation.report(tmp_path, "", RESULT, {}, [FRAMES])
+    evaluation.report(tmp_path, "", RESULT, {}, [FRAMES], tmp_path)
     assert seen == [("report.html", ["results.json"]), ("video.mp4", ["results.json"])]
 
 
 def test_a_refusing_encoder_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(imageio, "mimwrite", fails)
-    evaluation.report(tmp_path, "", RESULT, {}, [FRAMES])
+    evaluation.report(tmp_path, "", RESULT, {}, [FRAMES], tmp_path)
     out = capsys.readouterr().out
     assert f"warning: {tmp_path / 'video.mp4'} is not written: no codec" in out
     assert f"warning: a film of {tmp_path / 'report.html'} is not written: no codec" in out
     assert out.splitlines()[-1] == f"wrote {tmp_path / 'results.json'}, {tmp_path / 'report.html'}"
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == ["report.html", "results.json"]
-    assert "<video" not in (tmp_path / "report.html").read_text()
+    written = (tmp_path / "report.html").read_text()
+    assert "<video" not in written and "The films could not be encoded." in written
     assert json.loads((tmp_path / "results.json").read_text()) == RESULT
 
 
 def test_a_plot_that_fails_is_not_in_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page, "curves_svg", fails)
-    evaluation.report(tmp_path, "", RESULT, {}, [])
+    evaluation.report(tmp_path, "", RESULT, {}, [], tmp_path)
     path = tmp_path / "report.html"
     assert f"a curve of {path} is not written: no codec" in capsys.readouterr().out
     assert "50.0 % of 2 greedy episodes" in path.read_text() and "<svg" not in path.read_text()

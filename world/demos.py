@@ -24,8 +24,8 @@ from tyro.conf import Positional
 from stare_utils import Tensor
 from world.assets import IMAGE_SIZE, choose_renderer
 from world.envs import StageEnv
-from world.episodes import Episode, Frames, damage_in_one_line, truth
-from world.tasks import TRAIN_SEEDS, Arm, UserError, env_ids, get_task
+from world.episodes import Episode, Frames, damage_in_one_line, join, truth
+from world.tasks import TRAIN_SEEDS, UserError, get_task
 from world.vector import ScriptedExpert, make_envs
 
 # The arrays of an episode that are read, beside env_states.
@@ -74,14 +74,14 @@ class ClumsyExpert:
         *,
         speed: float,
         noise: float,
-        slip: float,
-        pause: float,
+        slip: float | np.ndarray,
+        pause: float | np.ndarray,
         twist: int,
     ):
         """speed: the largest motion along each axis, in shares of the expert's largest.
 
         noise: standard deviation, in the same shares. slip, pause: chances per step that one
-        begins. twist: the largest number of steps that an episode begins with.
+        begins, or one for each env. twist: the largest number of steps that an episode begins with.
         """
         num_envs = expert.envs.num_envs
         self.expert = expert
@@ -333,15 +333,7 @@ def read_demos(
     """
     meta = read_meta(path, env_id)
     frames = read_episodes(path, env_id, meta, num_demos, image_size, progress)
-    warn_of_long_episodes(env_id, meta, [len(rgb) for rgb, *_ in frames])
-    parts = [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*frames)]
-    glitches = (~is_ordinary(parts[2], get_task(env_id).arm)).sum()
-    if glitches:
-        print(
-            f"warning: {glitches} actions of {path} are more than twice as large as the expert's "
-            "largest and as nine of ten others: their labels are cut to the range of the others"
-        )
-    return tuple(parts)
+    return join(path, env_id, frames, scripted=meta.get("source_type") == "scripted")
 
 
 def read_episodes(
@@ -478,13 +470,6 @@ def read_arrays(path: Path, name: str) -> dict[str, np.ndarray]:
     return found
 
 
-def is_ordinary(actions: Tensor, arm: Arm) -> Tensor:
-    """(M,) bool: which actions (M, A) an arm can follow. All others are faults of a recorder."""
-    # The expert, or nine of ten of these actions, stay below half of what is ordinary.
-    usual = torch.maximum(torch.tensor(arm.limit), actions.abs().quantile(0.9, 0))
-    return (actions.abs() <= 2 * usual).all(1)
-
-
 def look_at_states(episode: Episode, simulator: StageEnv) -> Frames | None:
     """The frames of an episode whose states are put back. None: its last state is no success."""
     # The sizes of the objects belong to the episode, so its seed begins it.
@@ -503,21 +488,6 @@ def look_at_states(episode: Episode, simulator: StageEnv) -> Frames | None:
     return rgb, proprio, labels, geometry, stages
 
 
-def warn_of_long_episodes(env_id: str, meta: dict, lengths: list[int]) -> None:
-    """Prints a warning where more than a tenth of the episodes are longer than the task's."""
-    # A policy that is as slow as they are would not finish in time.
-    horizon = get_task(env_id).max_episode_steps
-    num_late = sum(length > horizon for length in lengths)
-    advice = "record faster ones, because a policy learns their pace"
-    if meta.get("source_type") == "scripted":
-        advice = "make them with a higher --demo-speed"
-    if num_late > 0.1 * len(lengths):
-        print(
-            f"warning: {num_late} of {len(lengths)} demonstrations of {env_id} take longer than "
-            f"its episodes of {horizon} steps: {advice}"
-        )
-
-
 # ---- the script ----
 def to_lerobot(file: Positional[Path], folder: Positional[Path]) -> None:
     """Writes the successful episodes of an .h5 file as a LeRobotDataset (v3).
@@ -529,8 +499,11 @@ def to_lerobot(file: Positional[Path], folder: Positional[Path]) -> None:
     # Its packages are needed for nothing else.
     from world.lerobot import write_lerobot
 
+    if folder.exists():
+        raise UserError(f"{folder} is there already: give another folder")
     meta = read_meta(file)
-    (env_id,) = env_ids(meta["env_info"]["env_id"])
+    env_id = meta["env_info"]["env_id"]
+    get_task(env_id)
     choose_renderer("auto")
     frames = read_episodes(file, env_id, meta, len(meta["episodes"]), IMAGE_SIZE, tqdm)
     write_lerobot(folder, env_id, frames)
@@ -540,6 +513,6 @@ def to_lerobot(file: Positional[Path], folder: Positional[Path]) -> None:
 if __name__ == "__main__":
     try:
         tyro.extras.subcommand_cli_from_dict({"to-lerobot": to_lerobot})
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

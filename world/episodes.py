@@ -2,7 +2,7 @@
 
 world/demos.py and world/lerobot.py read the files. Their errors name the file, the episode and the
 field at fault.
-Letters: T steps, A numbers of an action.
+Letters: T steps, A numbers of an action, M frames of all episodes.
 """
 
 import contextlib
@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from stare_utils import Tensor
 from world.tasks import PANDA, Arm, UserError, get_task
 
 # An episode of T steps as arrays: rgb (T, H, W, 3), proprioception (T, 8), actions (T, A),
@@ -31,9 +33,11 @@ TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0"
 
 @contextlib.contextmanager
 def damage_in_one_line(path: Path) -> Iterator[None]:
-    """Raises UserError in place of what h5py raises where it meets damaged bytes."""
+    """Raises UserError in place of what the libraries raise where they meet damaged bytes."""
     try:
         yield
+    except FileNotFoundError:
+        raise UserError(f"cannot read {path}: there is no file of that name") from None
     except (
         OSError,
         ValueError,
@@ -86,6 +90,7 @@ class Episode:
         self.env_id = env_id
         self.task = get_task(env_id)
         self.arrays = arrays
+        self.actions = actions
         shape = self.arrays.get(actions, np.array(0)).shape
         if not shape or shape[0] == 0:
             raise self.error("there are no actions")
@@ -189,7 +194,7 @@ class Episode:
         shape = (self.T, len(arm.limit))
         # The controller clips a large number, if it is finite.
         largest = np.finfo(np.float32).max
-        labels = self.array("actions", shape, largest=largest)
+        labels = self.array(self.actions, shape, largest=largest)
         # The labels are what was executed, except where the file has clean ones.
         if "expert_actions" in self.arrays or source_type == "scripted":
             labels = self.array("expert_actions", shape, largest=largest)
@@ -295,3 +300,40 @@ def executed(actions: np.ndarray, arm: Arm) -> np.ndarray:
     length = np.linalg.norm(turn, axis=1, keepdims=True)
     actions[:, 3:6] = turn / np.maximum(length, 1)
     return actions
+
+
+# ---- all episodes of a file or folder ----
+def is_ordinary(actions: Tensor, arm: Arm) -> Tensor:
+    """(M,) bool: which actions (M, A) an arm can follow. All others are faults of a recorder."""
+    # The expert, or nine of ten of these actions, stay below half of what is ordinary.
+    usual = torch.maximum(torch.tensor(arm.limit), actions.abs().quantile(0.9, 0))
+    return (actions.abs() <= 2 * usual).all(1)
+
+
+def join(path: Path, env_id: str, episodes: list[Frames], scripted: bool) -> tuple[Tensor, ...]:
+    """The frames of all episodes, one after the other: five tensors of M rows, see Frames.
+
+    path: whose episodes they are. scripted: whether the expert has made them.
+    Prints a warning where many are longer than the task's, and where actions are no arm's.
+    """
+    task = get_task(env_id)
+    lengths = [len(rgb) for rgb, *_ in episodes]
+    # A policy that is as slow as they are would not finish in time.
+    horizon = task.max_episode_steps
+    num_late = sum(length > horizon for length in lengths)
+    if num_late > 0.1 * len(lengths):
+        advice = "record faster ones, because a policy learns their pace"
+        if scripted:
+            advice = "make them with a higher --demo-speed"
+        print(
+            f"warning: {num_late} of {len(lengths)} demonstrations of {env_id} take longer than "
+            f"its episodes of {horizon} steps: {advice}"
+        )
+    parts = [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*episodes)]
+    glitches = (~is_ordinary(parts[2], task.arm)).sum()
+    if glitches:
+        print(
+            f"warning: {glitches} actions of {path} are more than twice as large as the expert's "
+            "largest and as nine of ten others: their labels are cut to the range of the others"
+        )
+    return tuple(parts)

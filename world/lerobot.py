@@ -17,18 +17,18 @@ import io
 import itertools
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from stare_utils import Tensor
 from world.assets import IMAGE_SIZE
-from world.episodes import PIXELS, Episode, Frames, damage_in_one_line, executed
+from world.episodes import PIXELS, WHOLE, Episode, Frames, damage_in_one_line, join
 from world.tasks import UserError, get_task
 
 try:
@@ -67,35 +67,35 @@ def read_lerobot(
     """
     info = read_info(folder, env_id)
     check_words(folder, env_id)
-    bar = progress(
-        total=min(num_demos, info["total_episodes"]), desc="read demonstrations", unit="episode"
-    )
+    total = info["total_episodes"]
+    count = min(num_demos, total)
+    bar = progress(total=count, desc="read demonstrations", unit="episode")
+    dataset = Dataset(folder, info)
     frames = []
-    for number, arrays in episodes_of(folder, info):
-        if len(frames) == num_demos:
-            break
-        episode = Episode(folder, {"episode_id": number}, env_id, arrays, "action")
+    for row in itertools.islice(dataset.episode_rows(), count):
+        episode = dataset.episode(row, env_id)
         frames.append(recorded(episode, image_size))
         bar.update()
     bar.close()
-    if not frames:
-        raise UserError(f"{folder} holds no episode")
-    return tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*frames))
+    if not frames or len(frames) < count:
+        raise UserError(f"{folder} says that it has {total} episodes, and has {len(frames)}")
+    if count < total:
+        print(f"{folder}: read {count} episodes, not the {total - count} after them")
+    return join(folder, env_id, frames, scripted=False)
 
 
 def recorded(episode: Episode, side: int) -> Frames:
     """The frames of one episode, checked."""
     T = episode.T
-    A = len(episode.task.arm.limit)
     rgb = episode.array(IMAGE, (T, side, side, 3), PIXELS)
     proprio = episode.array(STATE, (T, 8))
-    # The controller clips a large number, if it is finite.
-    largest = np.finfo(np.float32).max
-    action = episode.array("action", (T, A), largest=largest)
     geometry = np.full((T, 8), np.nan, np.float32)
     if "geometry" in episode.arrays:
         geometry = episode.array("geometry", (T, 8))
-    return rgb, proprio, executed(action, episode.task.arm), geometry, episode.stages()
+    steps = episode.array("frame_index", (T,), WHOLE)
+    if (steps != np.arange(T)).any():
+        raise episode.error("frame_index does not count from 0: frames are missing or mixed up")
+    return rgb, proprio, episode.labels(), geometry, episode.stages()
 
 
 def read_info(folder: Path, env_id: str) -> dict:
@@ -105,28 +105,38 @@ def read_info(folder: Path, env_id: str) -> dict:
         info = json.loads(file.read_text())
         version = info["codebase_version"]
         fps = info["fps"]
-        features = info["features"]
-        found = {name: feature["dtype"] for name, feature in features.items()}
+        found = {name: feature["dtype"] for name, feature in info["features"].items()}
         info["total_episodes"] = int(info["total_episodes"])
+        # Without a video there is no path to one.
+        paths = [info["data_path"], info.get("video_path") or ""]
+        well_formed = all(isinstance(path, str) for path in paths)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder} is no LeRobotDataset: {file} is missing or damaged") from None
+        well_formed = False
+    if not well_formed:
+        raise UserError(f"{folder} is no LeRobotDataset: {file} is missing or damaged")
     if not str(version).startswith("v3."):
         raise UserError(
             f"{folder} is a LeRobotDataset {version}: convert it to {VERSION} with `python -m "
             "lerobot.datasets.v30.convert_dataset_v21_to_v30`"
         )
-    control_freq = get_task(env_id).arm.control_freq
+    arm = get_task(env_id).arm
     # The same numbers mean another speed there.
-    if fps != control_freq:
+    if fps != arm.control_freq:
         raise UserError(
-            f"{folder} has {fps} frames per second, and {env_id} has {control_freq} steps: record "
-            "it again"
+            f"{folder} has {fps} frames per second, and {env_id} has {arm.control_freq} steps: "
+            "record it again"
         )
     missing = [name for name in (IMAGE, STATE, "action") if name not in found]
     if missing:
         raise UserError(f"{folder}: feature {missing[0]} is missing; it has {', '.join(found)}")
     if found[IMAGE] not in ("image", "video"):
         raise UserError(f"{folder}: feature {IMAGE} is {found[IMAGE]}, neither image nor video")
+    # LeRobot has no entry for it. `write_lerobot` adds one.
+    mode = info.get("control_mode", arm.control_mode)
+    if mode != arm.control_mode:
+        raise UserError(f"{folder}: control_mode is {mode}, {env_id} needs {arm.control_mode}")
+    if "control_mode" not in info:
+        print(f"{folder} names no control mode: its actions are taken as {arm.control_mode}")
     return info
 
 
@@ -141,49 +151,90 @@ def check_words(folder: Path, env_id: str) -> None:
         )
 
 
-def read_table(path: Path, **filters) -> pd.DataFrame:
-    """A .parquet file. filters: of pandas.read_parquet. Raises UserError that names the file."""
+def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A .parquet file. columns: which; None: all. Raises UserError that names the file."""
     with damage_in_one_line(path):
-        return pd.read_parquet(path, **filters)
-
-
-def episodes_of(folder: Path, info: dict) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """The episodes' numbers and arrays, in order. Pictures are decoded."""
-    films = info["features"][IMAGE]["dtype"] == "video"
-    for path in sorted((folder / "meta/episodes").glob("*/*.parquet")):
-        for _, row in read_table(path).iterrows():
-            arrays = read_frames(folder, info, row)
-            if films:
-                arrays[IMAGE] = read_film(folder, info, row)
-            yield int(row["episode_index"]), arrays
-
-
-def place(folder: Path, template: str, row: pd.Series, key: str) -> Path:
-    """The file in which an episode lies. row: of the episodes' table. key: of the row's columns."""
-    with damage_in_one_line(folder / "meta/episodes"):
-        numbers = {name: int(row[f"{key}/{name}"]) for name in ("chunk_index", "file_index")}
-        return folder / template.format(video_key=IMAGE, **numbers)
-
-
-def read_frames(folder: Path, info: dict, row: pd.Series) -> dict[str, np.ndarray]:
-    """The arrays of an episode, with its pictures where these are no video."""
-    path = place(folder, info["data_path"], row, "data")
-    table = read_table(path, filters=[("episode_index", "=", row["episode_index"])])
-    arrays = {}
-    with damage_in_one_line(path):
-        for name in (STATE, "action", "geometry", "stage"):
-            if name in table:
-                arrays[name] = np.stack(table[name])
-        if IMAGE in table:
-            arrays[IMAGE] = np.stack([decode(cell["bytes"]) for cell in table[IMAGE]])
-    return arrays
+        return pd.read_parquet(path, columns=columns)
 
 
 def decode(data: bytes) -> np.ndarray:
     """A picture (H, W, 3) uint8 of a file's bytes."""
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    # Each format of pictures raises errors of its own.
+    except Exception as error:
+        raise ValueError(f"a picture cannot be decoded: {error}") from None
 
 
+class Dataset:
+    """A LeRobotDataset that is read episode by episode. A file holds many of them."""
+
+    def __init__(self, folder: Path, info: dict):
+        """info: of `read_info`."""
+        self.folder = folder
+        self.info = info
+        wanted = (STATE, "action", "geometry", "stage", "frame_index", IMAGE)
+        features = info["features"]
+        self.is_film = features[IMAGE]["dtype"] == "video"
+        self.columns = ["episode_index", *[name for name in wanted if name in features]]
+        if self.is_film:
+            self.columns.remove(IMAGE)
+        # The file that was read last, and the video with the number of its next frame.
+        self.table_path = None
+        self.film_path = None
+
+    def episode_rows(self) -> Iterator[pd.Series]:
+        """What the table of episodes says of each."""
+        for path in sorted((self.folder / "meta/episodes").glob("*/*.parquet")):
+            for _, row in read_table(path).iterrows():
+                yield row
+
+    def place(self, template: str, row: pd.Series, key: str) -> Path:
+        """The file in which an episode lies. key: of the row's columns."""
+        numbers = {name: int(row[f"{key}/{name}"]) for name in ("chunk_index", "file_index")}
+        return self.folder / template.format(video_key=IMAGE, **numbers)
+
+    def episode(self, row: pd.Series, env_id: str) -> Episode:
+        """One episode. row: of `episode_rows`."""
+        with damage_in_one_line(self.folder / "meta/episodes"):
+            number = int(row["episode_index"])
+            length = int(row["length"])
+            path = self.place(self.info["data_path"], row, "data")
+        if path != self.table_path:
+            self.table = read_table(path, self.columns)
+            self.table_path = path
+        table = self.table[self.table["episode_index"] == number]
+        arrays = {}
+        with damage_in_one_line(path):
+            for name in table.columns if len(table) else []:
+                if name == IMAGE:
+                    arrays[name] = np.stack([decode(cell["bytes"]) for cell in table[name]])
+                else:
+                    arrays[name] = np.stack(table[name])
+        if self.is_film:
+            arrays[IMAGE] = self.film(row, length)
+        entry = {"episode_id": number, "elapsed_steps": length}
+        return Episode(self.folder, entry, env_id, arrays, "action")
+
+    def film(self, row: pd.Series, length: int) -> np.ndarray:
+        """The pictures (T, H, W, 3) of an episode, from a video of several episodes."""
+        with damage_in_one_line(self.folder / "meta/episodes"):
+            path = self.place(self.info["video_path"], row, f"videos/{IMAGE}")
+            first = round(float(row[f"videos/{IMAGE}/from_timestamp"]) * self.info["fps"])
+        with damage_in_one_line(path):
+            if path != self.film_path or first < self.next_frame:
+                fps = imageio.immeta(path, plugin="FFMPEG")["fps"]
+                if round(fps, 2) != self.info["fps"]:
+                    raise ValueError(f"it has {fps} frames per second, not {self.info['fps']}")
+                self.frames = imageio.imiter(path, plugin="FFMPEG")
+                self.film_path = path
+                self.next_frame = 0
+            skipped = first - self.next_frame
+            self.next_frame = first + length
+            return np.stack(list(itertools.islice(self.frames, skipped, skipped + length)))
+
+
+# ---- writing ----
 def encode(frame: np.ndarray) -> bytes:
     """The bytes of a picture as a PNG file. frame: (H, W, 3) uint8."""
     file = io.BytesIO()
@@ -191,16 +242,6 @@ def encode(frame: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def read_film(folder: Path, info: dict, row: pd.Series) -> np.ndarray:
-    """The pictures (T, H, W, 3) of an episode, from a video that holds several episodes."""
-    path = place(folder, info["video_path"], row, f"videos/{IMAGE}")
-    with damage_in_one_line(path):
-        first = round(row[f"videos/{IMAGE}/from_timestamp"] * info["fps"])
-        film = imageio.imiter(path, plugin="FFMPEG")
-        return np.stack(list(itertools.islice(film, first, first + row["length"])))
-
-
-# ---- writing ----
 def write_lerobot(folder: Path, env_id: str, episodes: list[Frames]) -> None:
     """Writes episodes into a new folder. episodes: of demos.py's `read_episodes`.
 
@@ -209,19 +250,23 @@ def write_lerobot(folder: Path, env_id: str, episodes: list[Frames]) -> None:
     """
     if folder.exists():
         raise UserError(f"{folder} is there already: give another folder")
-    new = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     numbers = []
     start = 0
     for number, episode in enumerate(episodes):
         numbers.append(numbers_of(episode, number, start, get_task(env_id).arm.control_freq))
         start += len(episode[0])
-    data = new / DATA_PATH.format(chunk_index=0, file_index=0)
-    data.parent.mkdir(parents=True)
-    (new / "meta").mkdir()
-    write_data(data, episodes, numbers)
-    write_meta(new / "meta", env_id, episodes, numbers)
-    new.rename(folder)
+    try:
+        data = new / DATA_PATH.format(chunk_index=0, file_index=0)
+        data.parent.mkdir(parents=True)
+        (new / "meta").mkdir()
+        write_data(data, episodes, numbers)
+        write_meta(new / "meta", env_id, episodes, numbers)
+        new.rename(folder)
+    finally:
+        # After a success it is not there any more.
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def features_of(episode: Frames) -> dict[str, dict]:
@@ -305,6 +350,7 @@ def write_meta(
     info = {
         "codebase_version": VERSION,
         "robot_type": task.arm.tool,
+        "control_mode": task.arm.control_mode,
         "total_episodes": N,
         "total_frames": int(ends[-1]),
         "total_tasks": 1,
