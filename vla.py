@@ -4,7 +4,7 @@ This file knows no environment, no algorithm and no checkpoint folder. One class
 - openvla-7b in its published layout: DINOv2 and SigLIP towers, then Llama-2. `from_pretrained`
   reads the published folder as it is, with the published parameter names.
 - the tiny default of `tiny_config`: a convolutional tower and a three-layer Llama with about
-  1 M parameters, which `sft.py` trains from scratch.
+  1 M parameters.
 Importing this file registers both with HuggingFace's Auto classes.
 
 Letters: B batch, A action tokens, L text tokens, P image patches, D hidden width,
@@ -290,7 +290,7 @@ def tiny_config(
     width: int = 128,
     layers: int = 3,
 ) -> OpenVLAConfig:
-    """Configuration of the default model, which is trained from scratch.
+    """Configuration of the tiny model.
 
     vocab_size: text tokens and 256 action bins. image_size: pixels. width: D.
     16 image tokens keep a training sample near 3 ms on two CPU cores. A stem of small convolutions

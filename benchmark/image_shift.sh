@@ -11,7 +11,7 @@ RESULTS=()
 for SHIFT in 0 4 10; do
   RUN=runs/${ENV_ID}__sft__1__shift$SHIFT
   # The seed decides the demonstrations, so they are the same in each run.
-  .venv/bin/python sft.py --env-id "$ENV_ID" --seed 1 --output-dir "$RUN" --resume \
+  .venv/bin/python sft.py --env-id "$ENV_ID" --seed 1 --vla tiny --output-dir "$RUN" --resume \
     --image-shift "$SHIFT" --num-eval-episodes 0
   .venv/bin/python eval.py --checkpoint "$RUN" --seed 7 --num-eval-episodes 200
   RESULTS+=("$RUN/results.json")

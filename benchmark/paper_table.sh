@@ -109,7 +109,7 @@ imitate() {
           exit 2
           ;;
       esac
-      run sft.py --env-id "$ENV_ID" --output-dir "$own" --resume --num-demos "$DEMOS" \
+      run sft.py --env-id "$ENV_ID" --vla tiny --output-dir "$own" --resume --num-demos "$DEMOS" \
         --demo-speed 0.4 --demo-pause 0.04 --image-shift 0 --num-updates "$UPDATES" \
         --num-eval-episodes 0 ${SFT_FLAGS:-}
     fi

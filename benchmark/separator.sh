@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY=PASSIVE
 PYTHON=${PYTHON:-.venv/bin/python}
 PUSH=runs/PushCube-v1__sft__1__separator
 [ -d "$PUSH/checkpoint" ] ||
-  "$PYTHON" sft.py --env-id PushCube-v1 --output-dir "$PUSH" --num-demos 60 --num-updates 400 \
+  "$PYTHON" sft.py --env-id PushCube-v1 --vla tiny --output-dir "$PUSH" --num-demos 60 --num-updates 400 \
     --num-eval-episodes 0
 for CHECKPOINT in checkpoints/{StackCube-v1,LiftPegUpright-v1,PickCube-v1}__sft "$PUSH"; do
   OUT=runs/separator/$(basename "$CHECKPOINT")

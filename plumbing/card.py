@@ -45,8 +45,8 @@ def model_card(settings: dict, config, success: str) -> str:
 
     settings: what args.json holds. config: the model's. success: a line of eval.py's.
     """
-    # The tiny model is trained from scratch. An OpenVLA's weights have a licence of their own.
-    from_scratch = bool(config.vision_widths)
+    # The tiny model is all our own. An OpenVLA's weights have a licence of their own.
+    is_tiny = bool(config.vision_widths)
     env_ids = settings["env_id"].split(",")
     tasks = []
     for env_id in env_ids:
@@ -58,8 +58,8 @@ def model_card(settings: dict, config, success: str) -> str:
         tasks="\n".join(tasks),
         success=success,
         command=settings["command"],
-        licence="mit" if from_scratch else "other",
-        licence_line="MIT" if from_scratch else "that of the model that the training began with",
+        licence="mit" if is_tiny else "other",
+        licence_line="MIT" if is_tiny else "that of the model that the training began with",
         env_id=env_ids[0],
         instruction=TASKS[env_ids[0]].instruction,
     )
