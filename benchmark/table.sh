@@ -9,7 +9,8 @@
 #       whether stages help: the forms of the stage reward and of the pairs, from one weak imitation
 #
 # SEEDS are training seeds, METHODS some of the methods below, STEPS and PPO_FLAGS the env steps and
-# sta_ppo.py's flags in the deciding table, DEMOS the demonstrations of an imitation.
+# sta_ppo.py's flags in the deciding table, DEMOS and SFT_FLAGS the demonstrations of an imitation
+# and its other flags.
 # python benchmark/funnel.py runs/*__deciding prints the stages' curves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -55,7 +56,7 @@ imitate() {
   SEED=1
   # The shipped policies have seen more demonstrations, and slower ones.
   SFT=$(of SFT)
-  train SFT sft.py --num-demos "${DEMOS:-$demos}"
+  train SFT sft.py --num-demos "${DEMOS:-$demos}" ${SFT_FLAGS:-}
 }
 # steps METHOD: the env steps of a run and of those that it began with
 steps() {
@@ -67,7 +68,7 @@ ALL=(PickCube-v1 StackCube-v1 LiftPegUpright-v1 PushCube-v1 PullCube-v1 PlaceSph
   PutSpoonOnTableClothInScene-v1 PutCarrotOnPlateInScene-v1 PutEggplantInBasketScene-v1
   StackGreenCubeOnYellowCubeBakedTexInScene-v1 PegInsertionSide-v1)
 # Twice the default's batch and a smaller rate: on StackCube-v1 success fell at 5e-5 (LOG.md).
-PPO_FLAGS=${PPO_FLAGS:---num-envs 16 --learning-rate 3e-5}
+PPO_FLAGS=${PPO_FLAGS---num-envs 16 --learning-rate 3e-5}
 PPO=(sta_ppo.py --total-timesteps "$STEPS" --no-anneal-lr $PPO_FLAGS)
 for ENV_ID in "${@:-${ALL[@]}}"; do
   imitate

@@ -13,7 +13,7 @@ from pathlib import Path
 import imageio
 import numpy as np
 import pytest
-from conftest import RESULT
+from conftest import RESULT, call
 
 import eval as evaluation
 from plumbing import human_pairs, page, report
@@ -152,3 +152,13 @@ def test_a_user_without_a_home_is_told_the_variable(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
         assets.cache_home()
+
+
+def test_a_task_with_borrowed_statistics_has_files_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **kwargs: {**RESULT})
+    policy = ("--checkpoint", ROOT / "checkpoints/PickCube-v1__sft", "--output-dir", tmp_path)
+    call(evaluation, *policy, "--no-cuda")
+    borrowed = ("--env-id", "PushCube-v1", "--unnorm-key", "PickCube-v1")
+    call(evaluation, *policy, *borrowed, "--no-cuda")
+    names = {file.name for file in tmp_path.iterdir()}
+    assert {"results.json", "results_PushCube-v1.json"} <= names
