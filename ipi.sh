@@ -46,7 +46,7 @@ stage() {
   echo "== the evaluation took $(minutes "$begin") here; $run/report.html"
 }
 
-echo "plan: $ENV_ID, training seed $SEED"
+echo "plan: $ENV_ID, training seed $SEED; each part says after ten seconds how long it takes here"
 [ "$ENV_ID $RUNS" != "PickCube-v1 runs" ] || echo "  under an hour in all on two CPU cores"
 for STEP in $STEPS; do
   run=$(folder "$STEP") state=""

@@ -54,7 +54,7 @@ class Args:
     """folder of the frames. Those that are there are used again, whatever the seed"""
     num_frames: int = 10000
     """frames of each task. The last twentieth is held out"""
-    num_updates: int = 10000
+    num_updates: int = 8000
     """optimiser steps"""
     learning_rate: float = 1e-3
     """AdamW, peak of the schedule, as in sft.py"""

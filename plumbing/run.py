@@ -32,7 +32,10 @@ from plumbing.checkpoint import load_state, read_settings, recover
 from plumbing.folders import holds_run, lock_run, make_folder
 from world.tasks import UserError
 
-HEARTBEAT = 30  # seconds between two lines of a progress report that is not on a terminal
+# Seconds until the first line of a progress report that is not on a terminal, and between two.
+# The first line says how long this machine will take.
+FIRST_LINE = 10
+HEARTBEAT = 30
 PATIENCE = 8  # seconds that a process has for its end after a second signal
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOPPED = "a training run goes on with --resume and its --output-dir"
@@ -409,7 +412,7 @@ def log_to_wandb(folder: Path, settings: dict) -> None:
 
 
 class Progress(tqdm):
-    """tqdm's bar on a terminal. Elsewhere (nohup, a log file, CI) a plain line every 30 s.
+    """tqdm's bar on a terminal. Elsewhere (nohup, a log file, CI) a plain line now and then.
 
     In a job of several processes only rank 0 shows it.
     """
@@ -452,8 +455,10 @@ class Progress(tqdm):
 
 
 def print_lines(progress: weakref.ref, ended: threading.Event) -> None:
-    """Prints a line every HEARTBEAT seconds until the loop has ended."""
-    while not ended.wait(HEARTBEAT):
+    """Prints a line after FIRST_LINE and every HEARTBEAT seconds until the loop has ended."""
+    pause = min(FIRST_LINE, HEARTBEAT)
+    while not ended.wait(pause):
+        pause = HEARTBEAT
         bar = progress()
         # A loop that an error has left never closes its bar.
         if bar is None:

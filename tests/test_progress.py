@@ -94,3 +94,13 @@ def test_on_a_terminal_it_is_a_bar(heartbeat, capsys, monkeypatch):
     progress.close()
     err = capsys.readouterr().err
     assert "roll-outs: 100%" in err and "\r" in err and "40/40" in err
+
+
+def test_the_first_line_comes_early(monkeypatch, capsys):
+    monkeypatch.setattr(plumbing.run, "FIRST_LINE", 0.3)
+    progress = Progress(total=40, desc="roll-outs", unit="episode")
+    progress.update()
+    time.sleep(0.9)
+    progress.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert LINE.fullmatch(line)
