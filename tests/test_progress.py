@@ -99,7 +99,7 @@ def test_on_a_terminal_it_is_a_bar(heartbeat, capsys, monkeypatch):
 def test_the_first_line_comes_early(monkeypatch, capsys):
     monkeypatch.setattr(plumbing.run, "FIRST_LINE", 0.3)
     progress = Progress(total=40, desc="roll-outs", unit="episode")
-    progress.update()
+    progress.update(30)
     time.sleep(0.9)
     progress.close()
     (line,) = capsys.readouterr().err.splitlines()
