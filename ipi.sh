@@ -46,8 +46,12 @@ stage() {
   echo "== the evaluation took $(minutes "$begin") here; $run/report.html"
 }
 
-echo "plan: $ENV_ID, training seed $SEED; each part says after ten seconds how long it takes here"
-[ "$ENV_ID $RUNS" != "PickCube-v1 runs" ] || echo "  under an hour in all on two CPU cores"
+echo "plan: $ENV_ID, training seed $SEED"
+if [ "${SMOKE:-0}" != 1 ]; then
+  # An unknown task ends here.
+  ESTIMATE=$(.venv/bin/python benchmark/estimate.py "$ENV_ID")
+  echo "  $ESTIMATE"
+fi
 for STEP in $STEPS; do
   run=$(folder "$STEP") state=""
   if [ -f "$run/results.json" ]; then state=" (done already, reused)"; elif [ -d "$run/checkpoint" ]; then state=" (begun, goes on)"; fi
