@@ -176,6 +176,8 @@ class Reader:
         output = Path(args.output)
         work = output.with_name(f"{output.name}.tmp")
         settings = {**asdict(args), "method": "base", "wall_s": round(seconds, 1)}
+        # A card is written of a policy alone.
+        del settings["env_id"]
         save_checkpoint(work, self.model, self.processor, settings, {"script": "base"})
         # Nobody resumes from it, and nobody acts with it.
         for name in ("training_state.safetensors", "checksums.json", "vla.py"):
