@@ -63,6 +63,7 @@ from world.episodes import is_ordinary
 from world.tasks import TASKS, UserError, env_ids
 
 LOG_FREQ = 50  # updates between two rows of the log
+BASE = Path(__file__).parent / "checkpoints/base"  # benchmark/base.py makes it
 METRICS = ("ce", "aux", "token_accuracy", "action_l1", "stage_accuracy", "grad_norm")
 
 
@@ -380,6 +381,11 @@ def check_args(args: Args) -> list[str]:
     return ids
 
 
+def start_of(args: Args) -> str:
+    """The folder or hub id that --vla names."""
+    return str(BASE) if args.vla == "base" else args.vla
+
+
 def load_start(args: Args, run: Run, origin: str, device: torch.device):
     """Model and processor with which this call begins. origin: the first policy's fingerprint."""
     # A LoRA run goes on from its first policy, because its checkpoint holds the merged adapter.
@@ -387,7 +393,7 @@ def load_start(args: Args, run: Run, origin: str, device: torch.device):
         model, processor, _ = load_policy(args.output_dir, device)
         return model, processor
     if args.vla != "tiny":
-        model, processor, _ = load_policy(args.vla, device, origin)
+        model, processor, _ = load_policy(start_of(args), device, origin)
         return model, processor
     model = vla.OpenVLAForActionPrediction(vla.tiny_config()).to(device)
     model.init_action_rows()
@@ -464,7 +470,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
 
     # ---- set-up: load ----
     set_seed(args.seed)
-    origin = fingerprint(model_folder(args.vla))
+    origin = fingerprint(model_folder(start_of(args)))
     if run.state:
         origin = run.state.get("origin", "")
     model, processor = load_start(args, run, origin, device)

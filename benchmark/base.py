@@ -11,6 +11,7 @@ and goal are, by the auxiliary loss of sft.py. No action is recorded, and none i
 Letters: M frames of a task, B batch.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -29,7 +30,7 @@ import tyro
 from transformers import set_seed
 
 import vla
-from plumbing.checkpoint import save_checkpoint
+from plumbing.checkpoint import checksums, read_settings, save_checkpoint
 from plumbing.run import Progress, one_line_errors
 from world.assets import IMAGE_SIZE, choose_renderer
 from world.demos import ClumsyExpert
@@ -179,17 +180,22 @@ class Reader:
         # A card is written of a policy alone.
         del settings["env_id"]
         save_checkpoint(work, self.model, self.processor, settings, {"script": "base"})
-        # Nobody resumes from it, and nobody acts with it.
-        for name in ("training_state.safetensors", "checksums.json", "vla.py"):
-            (work / "checkpoint" / name).unlink()
+        made = work / "checkpoint"
+        # It is not resumed, and nobody acts with it.
+        for name in ("training_state.safetensors", "vla.py"):
+            (made / name).unlink()
+        (made / "checksums.json").write_text(json.dumps(checksums(made)))
         shutil.rmtree(output, ignore_errors=True)
-        (work / "checkpoint").rename(output)
+        made.rename(output)
         work.rmdir()
 
 
 def main(args: Args) -> None:
     choose_renderer("auto")
     ids = env_ids(args.env_id or ",".join(TASKS))
+    output = Path(args.output)
+    if output.exists() and read_settings(output).get("script") != "base":
+        raise UserError(f"{output} is no base model: give another --output")
     folder = Path(args.frames)
     for env_id in ids:
         if not (folder / env_id).exists():

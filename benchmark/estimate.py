@@ -22,7 +22,7 @@ import sta_ppo
 import sta_tpo
 from plumbing.run import one_line_errors
 from world.assets import choose_renderer
-from world.tasks import env_ids, get_task
+from world.tasks import UserError, env_ids, get_task
 
 # The model of every task has the same size, and this one is shipped.
 SHIPPED = "PickCube-v1"
@@ -55,15 +55,16 @@ def main(
 ) -> None:
     """Prints the estimate. num_eval_episodes: of each of the three evaluations."""
     choose_renderer("auto")
-    ids = env_ids(env_id)
+    env_id, *others = env_ids(env_id)
+    if others:
+        raise UserError("./ipi.sh takes one task: sta_tpo.py and sta_ppo.py know no more")
     num_envs = sft.Args().num_envs
     # Seconds per env step: simulation and pictures, and an action of the policy.
-    simulate = 1 / env_rate(ids[0], num_envs)
+    simulate = 1 / env_rate(env_id, num_envs)
     act = sample_ms(SHIPPED, num_envs) / 1000 / num_envs
     learn = update_ms(SHIPPED, 64) / 1000 / 64
-    steps = sum(count_steps(name, num_eval_episodes) for name in ids)
-    samples = sum(count_samples(name) for name in ids)
-    seconds = steps * (simulate + act) + samples * learn
+    seconds = count_steps(env_id, num_eval_episodes) * (simulate + act)
+    seconds += count_samples(env_id) * learn
     print(f"about {max(1, round(seconds / 60))} minutes in all on this machine")
 
 

@@ -139,10 +139,13 @@ def sample_ms(env_id: str, B: int) -> float:
     """Milliseconds of B sampled actions in one torch thread, as in a roll-out."""
     from sta_ppo import sample_action
 
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, processor = load(env_id)
     inputs = make_inputs(model, processor, env_id, random_pictures(B))
-    return median_ms(lambda: sample_action(model, inputs, ACTIVE))
+    milliseconds = median_ms(lambda: sample_action(model, inputs, ACTIVE))
+    torch.set_num_threads(num_threads)
+    return milliseconds
 
 
 def update_ms(env_id: str, B: int) -> float:

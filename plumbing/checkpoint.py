@@ -275,11 +275,10 @@ def model_folder(name: str | Path) -> Path:
     """The folder that holds a model.
 
     name: that folder, a run's folder, or a hub id `owner/name` where there is no folder `owner`.
-    `base` is the shipped tiny model, which sees and knows no action yet (benchmark/base.py).
     A model of the hub is downloaded once. Raises UserError where the hub does not give it.
     A folder that does not exist is returned as it is.
     """
-    folder = ROOT / "checkpoints/base" if name == "base" else Path(name)
+    folder = Path(name)
     if HUB_ID.fullmatch(str(name)) and not folder.parent.exists():
         wanted = ["*.json", "*.safetensors", "tokenizer.model"]
         # Parts of a model that is refused by their names must arrive as well.

@@ -17,7 +17,14 @@ from string import Template
 
 import numpy as np
 
-from plumbing.report import encode, funnel, if_possible, success_percent, write_text
+from plumbing.report import (
+    encode,
+    funnel,
+    if_possible,
+    label_of,
+    success_percent,
+    write_text,
+)
 from world.tasks import get_task
 
 FORM = Path(__file__).with_name("report.html")
@@ -137,7 +144,7 @@ def origin_text(result: dict, trained: dict) -> str:
         f"({text(trained.get('env_steps'))} env steps, {text(trained.get('wall_s'))} s), "
         f"evaluated by <code>{text(result['command'])}</code> "
         f"at commit {text(result['commit'] or 'unknown')}. "
-        f"Python {sys.version.split()[0]}, {versions}. Every flag: checkpoint/args.json."
+        f"Python {sys.version.split()[0]}, {versions}. Every flag: the checkpoint's args.json."
     )
 
 
@@ -174,7 +181,7 @@ def write_page(
     stages = get_task(result["env_id"]).stages
     success, low, high = success_percent(result)
     page = Template(FORM.read_text()).substitute(
-        title=text(f"{result['method']} on {result['env_id']}"),
+        title=text(f"{label_of(result)} on {result['env_id']}"),
         success=f"{success:.1f} % of {len(rows)} greedy episodes solved "
         f"(95 % interval {low:.1f} to {high:.1f})",
         funnel=funnel_rows(result, stages),

@@ -45,8 +45,15 @@ def test_frames_of_another_number_are_refused(tmp_path):
         base.Frames(tmp_path, ["a", "b"], 6)
 
 
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "args.json").write_text('{"script": "sft"}')
+    with pytest.raises(UserError, match="is no base model: give another --output"):
+        call(base, "--output", tmp_path)
+    assert (tmp_path / "args.json").exists()
+
+
 def test_nobody_acts_with_it(tmp_path):
-    flags = ("--checkpoint", "base", "--output-dir", tmp_path, "--no-cuda")
+    flags = ("--checkpoint", sft.BASE, "--output-dir", tmp_path, "--no-cuda")
     with pytest.raises(UserError, match="knows the actions of no task here"):
         call(evaluation, *flags)
     with pytest.raises(UserError, match=f"not on {ENV_ID}"):
@@ -65,8 +72,8 @@ def test_held_out_losses_are_means_per_task(tmp_path):
 
 def test_sft_starts_from_the_shipped_model_that_knows_no_action():
     assert sft.Args().vla == "base"
-    model, processor, folder = load_policy("base", torch.device("cpu"))
-    assert folder == ROOT / "checkpoints/base"
+    assert sft.start_of(sft.Args()) == str(ROOT / "checkpoints/base")
+    model, processor, _ = load_policy(sft.BASE, torch.device("cpu"))
     assert list(model.config.norm_stats) == ["base"] and processor.image_size == 128
     assert sum(weights.numel() for weights in model.parameters()) < 1_200_000
 

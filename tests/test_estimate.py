@@ -9,7 +9,7 @@ from conftest import ROOT, output_of
 sys.path.insert(0, str(ROOT / "benchmark"))
 import estimate
 
-from world.tasks import TASKS
+from world.tasks import TASKS, UserError
 
 
 def test_env_steps_of_the_defaults_by_hand():
@@ -25,6 +25,11 @@ def test_env_steps_of_the_defaults_by_hand():
 
 def test_samples_of_the_defaults_by_hand():
     assert estimate.count_samples("PickCube-v1") == 2500 * 64 + 512 * 50 + 2 * 65536
+
+
+def test_several_tasks_have_no_chain():
+    with pytest.raises(UserError, match="takes one task"):
+        estimate.main("PickCube-v1,PushCube-v1")
 
 
 @pytest.mark.slow

@@ -249,7 +249,7 @@ FAULTS = {
     ),
     "pictures with flipped bits": (
         lambda folder: change_data(folder, flip_bits),
-        r"cannot read .*file-000.parquet: its bytes are damaged \(a picture cannot be decoded",
+        r"cannot read .*file-000.parquet: its bytes are damaged \(a picture cannot be decoded\)",
     ),
     "lost frames": (
         lambda folder: change_data(folder, lambda table: table.drop(index=2)),
@@ -265,7 +265,15 @@ FAULTS = {
     ),
     "a lost episode": (
         lambda folder: change_episodes(folder, lambda rows: rows.drop(index=0)),
-        r"says that it has 2 episodes, and has 1",
+        r"says that it has 2 episodes, and .* lists 1: some are missing, or there twice",
+    ),
+    "an episode listed twice": (
+        lambda folder: change_episodes(folder, lambda rows: rows.assign(episode_index=0)),
+        r"says that it has 2 episodes, and .* lists 2: some are missing, or there twice",
+    ),
+    "a number of episodes that is none": (
+        lambda folder: change_info(folder, total_episodes=float("inf")),
+        r"is no LeRobotDataset",
     ),
     "no name of the data": (
         lambda folder: change_info(folder, data_path=None),
@@ -313,8 +321,30 @@ def test_a_video_that_is_too_short_is_refused(folder):
 
 def test_a_video_of_another_pace_is_refused(folder):
     as_video(folder, fps=30)
-    with pytest.raises(UserError, match="30.0 frames per second, not 20"):
+    with pytest.raises(UserError, match="30.0 frames per second, and info.json says 20"):
         read_lerobot(folder, ENV_ID, 100)
+
+
+def test_a_failed_episode_is_left_out(folder):
+    first = read_lerobot(folder, ENV_ID, 1)
+    change_data(folder, lambda table: table.assign(**{"next.success": table["episode_index"] == 0}))
+    info = json.loads((folder / "meta/info.json").read_text())
+    features = {**info["features"], "next.success": {"dtype": "bool", "shape": [1]}}
+    change_info(folder, features=features)
+    for old, new in zip(first, read_lerobot(folder, ENV_ID, 100), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_pictures_of_another_size_are_kept(tmp_path):
+    file = write_demos(tmp_path / "small.h5", size=64)
+    command = [sys.executable, "-m", "world.demos", "to-lerobot", file, tmp_path / "small"]
+    done = subprocess.run([*command, "--image-size", "64"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+    assert read_lerobot(tmp_path / "small", ENV_ID, 100, image_size=64)[0].shape[1:] == (64, 64, 3)
+
+
+def test_everyone_may_read_what_is_written(folder):
+    assert folder.stat().st_mode & 0o055 == 0o055
 
 
 def test_episodes_longer_than_the_task_are_told(tmp_path, capsys):

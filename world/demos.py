@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from stare_utils import Tensor
-from world.assets import IMAGE_SIZE, choose_renderer
+from world.assets import IMAGE_SIZE, check_world, choose_renderer
 from world.envs import StageEnv
 from world.episodes import Episode, Frames, damage_in_one_line, join, truth
 from world.tasks import TRAIN_SEEDS, UserError, get_task
@@ -489,12 +489,15 @@ def look_at_states(episode: Episode, simulator: StageEnv) -> Frames | None:
 
 
 # ---- the script ----
-def to_lerobot(file: Positional[Path], folder: Positional[Path]) -> None:
+def to_lerobot(
+    file: Positional[Path], folder: Positional[Path], image_size: int = IMAGE_SIZE
+) -> None:
     """Writes the successful episodes of an .h5 file as a LeRobotDataset (v3).
 
     Args:
         file: in ManiSkill's trajectory format, with its .json file beside it
         folder: a new folder
+        image_size: pixels of a picture's side, those of the file where it has pictures
     """
     # Its packages are needed for nothing else.
     from world.lerobot import write_lerobot
@@ -503,9 +506,9 @@ def to_lerobot(file: Positional[Path], folder: Positional[Path]) -> None:
         raise UserError(f"{folder} is there already: give another folder")
     meta = read_meta(file)
     env_id = meta["env_info"]["env_id"]
-    get_task(env_id)
     choose_renderer("auto")
-    frames = read_episodes(file, env_id, meta, len(meta["episodes"]), IMAGE_SIZE, tqdm)
+    check_world(env_id)
+    frames = read_episodes(file, env_id, meta, len(meta["episodes"]), image_size, tqdm)
     write_lerobot(folder, env_id, frames)
     print(f"wrote {len(frames)} episodes of {env_id} into {folder}")
 

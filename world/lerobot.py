@@ -8,7 +8,7 @@
     geometry, stage           (8,), (1,) optional: targets of sft.py's auxiliary loss, and the stage
 
 The task of the dataset is the env's instruction, and its frames per second are the env's steps.
-`write_lerobot` writes the same from an .h5 file. Images are PNGs, so nothing is lost.
+`write_lerobot` writes the same. Images are PNGs, so nothing is lost.
 lerobot itself is not needed. Its format is that of lerobot 0.4.4 (src/lerobot/datasets).
 Letters: T steps of an episode, A numbers of an action.
 """
@@ -16,9 +16,7 @@ Letters: T steps of an episode, A numbers of an action.
 import io
 import itertools
 import json
-import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -29,7 +27,7 @@ from tqdm import tqdm
 from stare_utils import Tensor
 from world.assets import IMAGE_SIZE
 from world.episodes import PIXELS, WHOLE, Episode, Frames, damage_in_one_line, join
-from world.tasks import UserError, get_task
+from world.tasks import PANDA, UserError, get_task
 
 try:
     import pandas as pd
@@ -41,6 +39,8 @@ except ImportError:
 VERSION = "v3.0"
 IMAGE = "observation.images.base"
 STATE = "observation.state"
+# LeRobot's name for whether a frame's action led to success.
+SUCCESS = "next.success"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 # What each frame has beside the features of the recorder.
 COUNTERS = {
@@ -67,20 +67,22 @@ def read_lerobot(
     """
     info = read_info(folder, env_id)
     check_words(folder, env_id)
-    total = info["total_episodes"]
-    count = min(num_demos, total)
-    bar = progress(total=count, desc="read demonstrations", unit="episode")
     dataset = Dataset(folder, info)
+    rows = dataset.episode_rows()
+    bar = progress(total=min(num_demos, len(rows)), desc="read demonstrations", unit="episode")
     frames = []
-    for row in itertools.islice(dataset.episode_rows(), count):
+    for i, row in enumerate(rows):
+        if len(frames) == num_demos:
+            print(f"{folder}: read {num_demos} episodes, not the {len(rows) - i} after them")
+            break
         episode = dataset.episode(row, env_id)
+        if episode.success() is False:
+            continue
         frames.append(recorded(episode, image_size))
         bar.update()
     bar.close()
-    if not frames or len(frames) < count:
-        raise UserError(f"{folder} says that it has {total} episodes, and has {len(frames)}")
-    if count < total:
-        print(f"{folder}: read {count} episodes, not the {total - count} after them")
+    if not frames:
+        raise UserError(f"{folder} holds no successful episode")
     return join(folder, env_id, frames, scripted=False)
 
 
@@ -106,10 +108,10 @@ def read_info(folder: Path, env_id: str) -> dict:
         version = info["codebase_version"]
         fps = info["fps"]
         found = {name: feature["dtype"] for name, feature in info["features"].items()}
-        info["total_episodes"] = int(info["total_episodes"])
         # Without a video there is no path to one.
         paths = [info["data_path"], info.get("video_path") or ""]
         well_formed = all(isinstance(path, str) for path in paths)
+        well_formed &= type(info["total_episodes"]) is int and type(fps) in (int, float)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         well_formed = False
     if not well_formed:
@@ -162,8 +164,8 @@ def decode(data: bytes) -> np.ndarray:
     try:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     # Each format of pictures raises errors of its own.
-    except Exception as error:
-        raise ValueError(f"a picture cannot be decoded: {error}") from None
+    except Exception:
+        raise ValueError("a picture cannot be decoded") from None
 
 
 class Dataset:
@@ -173,7 +175,7 @@ class Dataset:
         """info: of `read_info`."""
         self.folder = folder
         self.info = info
-        wanted = (STATE, "action", "geometry", "stage", "frame_index", IMAGE)
+        wanted = (STATE, "action", "geometry", "stage", "frame_index", SUCCESS, IMAGE)
         features = info["features"]
         self.is_film = features[IMAGE]["dtype"] == "video"
         self.columns = ["episode_index", *[name for name in wanted if name in features]]
@@ -183,11 +185,21 @@ class Dataset:
         self.table_path = None
         self.film_path = None
 
-    def episode_rows(self) -> Iterator[pd.Series]:
-        """What the table of episodes says of each."""
-        for path in sorted((self.folder / "meta/episodes").glob("*/*.parquet")):
-            for _, row in read_table(path).iterrows():
-                yield row
+    def episode_rows(self) -> list[pd.Series]:
+        """What the table of episodes says of each. Raises UserError where one is missing."""
+        rows = []
+        folder = self.folder / "meta/episodes"
+        for path in sorted(folder.glob("*/*.parquet")):
+            rows += [row for _, row in read_table(path).iterrows()]
+        with damage_in_one_line(folder):
+            numbers = [int(row["episode_index"]) for row in rows]
+        total = self.info["total_episodes"]
+        if sorted(numbers) != list(range(total)):
+            raise UserError(
+                f"{self.folder} says that it has {total} episodes, and {folder} lists {len(rows)}: "
+                "some are missing, or there twice"
+            )
+        return rows
 
     def place(self, template: str, row: pd.Series, key: str) -> Path:
         """The file in which an episode lies. key: of the row's columns."""
@@ -210,7 +222,7 @@ class Dataset:
                 if name == IMAGE:
                     arrays[name] = np.stack([decode(cell["bytes"]) for cell in table[name]])
                 else:
-                    arrays[name] = np.stack(table[name])
+                    arrays[name.removeprefix("next.")] = np.stack(table[name])
         if self.is_film:
             arrays[IMAGE] = self.film(row, length)
         entry = {"episode_id": number, "elapsed_steps": length}
@@ -225,7 +237,10 @@ class Dataset:
             if path != self.film_path or first < self.next_frame:
                 fps = imageio.immeta(path, plugin="FFMPEG")["fps"]
                 if round(fps, 2) != self.info["fps"]:
-                    raise ValueError(f"it has {fps} frames per second, not {self.info['fps']}")
+                    raise UserError(
+                        f"{path} has {fps} frames per second, and info.json says "
+                        f"{self.info['fps']}: record it again"
+                    )
                 self.frames = imageio.imiter(path, plugin="FFMPEG")
                 self.film_path = path
                 self.next_frame = 0
@@ -251,22 +266,19 @@ def write_lerobot(folder: Path, env_id: str, episodes: list[Frames]) -> None:
     if folder.exists():
         raise UserError(f"{folder} is there already: give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     numbers = []
     start = 0
     for number, episode in enumerate(episodes):
         numbers.append(numbers_of(episode, number, start, get_task(env_id).arm.control_freq))
         start += len(episode[0])
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        new = Path(work) / "dataset"
         data = new / DATA_PATH.format(chunk_index=0, file_index=0)
         data.parent.mkdir(parents=True)
         (new / "meta").mkdir()
         write_data(data, episodes, numbers)
         write_meta(new / "meta", env_id, episodes, numbers)
         new.rename(folder)
-    finally:
-        # After a success it is not there any more.
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def features_of(episode: Frames) -> dict[str, dict]:
@@ -332,8 +344,9 @@ def all_statistics(episodes: list[Frames], numbers: list[dict[str, np.ndarray]])
         column = np.concatenate([columns[name] for columns in numbers]).astype(np.float64)
         column = column.reshape(len(column), -1)
         stats[name] = {**statistics(column, column.shape[1:]), "count": [len(column)]}
-    # Some pictures of each episode are enough, as in LeRobot. Channels are from 0 to 1.
-    pictures = np.concatenate([rgb[:: max(1, len(rgb) // 4)] for rgb, *_ in episodes])
+    # Some pixels of some pictures are enough, as in LeRobot. Channels are from 0 to 1.
+    pictures = [rgb[:: max(1, len(rgb) // 4), ::4, ::4] for rgb, *_ in episodes]
+    pictures = np.concatenate(pictures)
     pixels = pictures.reshape(-1, 3) / 255
     stats[IMAGE] = {**statistics(pixels, (3, 1, 1)), "count": [len(pictures)]}
     return stats
@@ -349,7 +362,7 @@ def write_meta(
     ends = np.cumsum(lengths)
     info = {
         "codebase_version": VERSION,
-        "robot_type": task.arm.tool,
+        "robot_type": "panda" if task.arm is PANDA else "widowx",
         "control_mode": task.arm.control_mode,
         "total_episodes": N,
         "total_frames": int(ends[-1]),
