@@ -1,4 +1,4 @@
-"""checkpoints/base: the tiny model after it has learned to see. sft.py starts from it.
+"""checkpoints/base: the tiny model after it has learned to see. `sft.py --vla base` starts from it.
 
     python benchmark/base.py        # about an hour on two CPU cores
 
