@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from pathlib import Path
 
 import nbclient
 import nbformat
@@ -39,6 +40,18 @@ def check_results(notebook: nbformat.NotebookNode) -> None:
     imitation, interaction = re.findall(r"^(SFT|STA-PPO) +([\d.]+) % \[", text, re.M)
     assert (imitation[0], interaction[0]) == ("SFT", "STA-PPO")
     assert float(interaction[1]) > float(imitation[1])
+
+
+def test_the_outputs_that_are_shown_are_those_of_a_full_run():
+    notebook = nbformat.read(NOTEBOOK, 4)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    check_results(notebook)
+    text = NOTEBOOK.read_text()
+    assert text.count("<video") == 2 and text.count("image/png") == 4
+    assert NOTEBOOK.stat().st_size < 2_000_000
+    # Nothing tells of the machine on which it was run.
+    assert str(Path.home()) not in text and str(ROOT) not in text
 
 
 @pytest.mark.slow
