@@ -83,9 +83,9 @@ class Args:
     """go on from the checkpoint in --output-dir, if there is one"""
 
     # the policy and the tasks
-    vla: str = "tiny"
-    """`tiny` (from scratch), `base` (the shipped tiny model: it sees, and knows no action yet), a
-    checkpoint folder, or an OpenVLA: its published folder, or its hub id"""
+    vla: str = "base"
+    """`base` (the shipped tiny model: it sees, and knows no action yet), `tiny` (the same from
+    scratch), a checkpoint folder, or an OpenVLA: its published folder, or its hub id"""
     env_id: str = "PickCube-v1"
     """task, or several with commas between them"""
     num_envs: int = 8
