@@ -11,7 +11,6 @@ and goal are, by the auxiliary loss of sft.py. No action is recorded, and none i
 Letters: M frames of a task, B batch.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -30,7 +29,8 @@ import tyro
 from transformers import set_seed
 
 import vla
-from plumbing.checkpoint import checksums, read_settings, save_checkpoint
+from benchmark.ship import ship
+from plumbing.checkpoint import read_settings, save_checkpoint
 from plumbing.run import Progress, one_line_errors
 from world.assets import IMAGE_SIZE, choose_renderer
 from world.demos import ClumsyExpert
@@ -175,19 +175,13 @@ class Reader:
         nothing = {"q01": [0.0], "q99": [0.0], "mask": [True]}
         self.model.config.norm_stats = {"base": {"action": nothing, "proprio": self.frames.stats}}
         output = Path(args.output)
-        work = output.with_name(f"{output.name}.tmp")
+        work = output.with_name(f"{output.name}.run")
         settings = {**asdict(args), "method": "base", "wall_s": round(seconds, 1)}
         # A card is written of a policy alone.
         del settings["env_id"]
         save_checkpoint(work, self.model, self.processor, settings, {"script": "base"})
-        made = work / "checkpoint"
-        # It is not resumed, and nobody acts with it.
-        for name in ("training_state.safetensors", "vla.py"):
-            (made / name).unlink()
-        (made / "checksums.json").write_text(json.dumps(checksums(made)))
-        shutil.rmtree(output, ignore_errors=True)
-        made.rename(output)
-        work.rmdir()
+        ship(work / "checkpoint", output)
+        shutil.rmtree(work)
 
 
 def main(args: Args) -> None:

@@ -21,8 +21,7 @@
 #   NAME=broad IMITATION=long STATES=64 STEPS=36000 PPO_FLAGS="--learning-rate 1.5e-5" \
 #     METHODS="STA-TPO-sum PPO IPI-sum" benchmark/paper_table.sh StackCube-v1
 #
-# The first line, with no METHODS, makes only the imitation. checkpoints/ has the imitation of the
-# budget "paper" for the Panda's tasks and of "turned" for SimplerEnv's. Others are trained.
+# The first line, with no METHODS, makes only the imitation.
 #
 # A machine with a GPU and many cores runs several chains at once, after the first line:
 #   METHODS= benchmark/paper_table.sh StackCube-v1
@@ -94,28 +93,20 @@ left() {
 }
 # imitate: sets SFT to the one imitation that all seeds begin with, trains it if there is none
 imitate() {
-  local own shipped=paper
   SEED=1
-  own=$(of SFT)
-  [[ $ENV_ID == *Scene-v1 ]] && shipped=turned
-  SFT=checkpoints/${ENV_ID}__sft
-  if [ "$IMITATION" != "$shipped" ] || [ ! -d "$SFT" ]; then
-    SFT=$own
-    if [ ! -f "$own/results.json" ]; then
-      case $IMITATION in
-        "$NAME" | paper) ;;
-        *)
-          echo "$own is missing: first NAME=$IMITATION METHODS= $0 $ENV_ID, with its settings" >&2
-          exit 2
-          ;;
-      esac
-      run sft.py --env-id "$ENV_ID" --vla tiny --output-dir "$own" --resume --num-demos "$DEMOS" \
-        --demo-speed 0.4 --demo-pause 0.04 --image-shift 0 --num-updates "$UPDATES" \
-        --num-eval-episodes 0 ${SFT_FLAGS:-}
-    fi
-  fi
-  [ -f "$own/results.json" ] ||
-    run eval.py --checkpoint "$SFT" --output-dir "$own" --method "$(method SFT)" "${EPISODES[@]}"
+  SFT=$(of SFT)
+  [ -f "$SFT/results.json" ] && return
+  case $IMITATION in
+    "$NAME" | paper) ;;
+    *)
+      echo "$SFT is missing: first NAME=$IMITATION METHODS= $0 $ENV_ID, with its settings" >&2
+      exit 2
+      ;;
+  esac
+  run sft.py --env-id "$ENV_ID" --vla tiny --output-dir "$SFT" --resume --num-demos "$DEMOS" \
+    --demo-speed 0.4 --demo-pause 0.04 --image-shift 0 --num-updates "$UPDATES" \
+    --num-eval-episodes 0 ${SFT_FLAGS:-}
+  run eval.py --checkpoint "$SFT" --method "$(method SFT)" "${EPISODES[@]}"
 }
 
 TASKS=(StackCube-v1 LiftPegUpright-v1 PutCarrotOnPlateInScene-v1 PickCube-v1 PushCube-v1

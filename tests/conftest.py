@@ -289,10 +289,10 @@ def workspace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def sft_run(workspace) -> Path:
-    """python sft.py --env-id PickCube-v1, tiny."""
+    """python sft.py --env-id PickCube-v1 from scratch, tiny."""
     flags = (
-        "--env-id PickCube-v1 --num-demos 3 --demo-slip 0.1 --demo-pause 0.1 --num-updates 4 "
-        "--batch-size 8 --num-envs 2 --num-eval-episodes 0 --no-cuda"
+        "--env-id PickCube-v1 --vla tiny --num-demos 3 --demo-slip 0.1 --demo-pause 0.1 "
+        "--num-updates 4 --batch-size 8 --num-envs 2 --num-eval-episodes 0 --no-cuda"
     )
     output_of("sft.py", *flags.split(), cwd=workspace)
     (run,) = (workspace / "runs").glob("PickCube-v1__sft__1__*")

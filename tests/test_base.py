@@ -71,7 +71,7 @@ def test_held_out_losses_are_means_per_task(tmp_path):
 
 
 def test_sft_starts_from_the_shipped_model_that_knows_no_action():
-    assert sft.start_of(sft.Args(vla="base")) == str(ROOT / "checkpoints/base")
+    assert sft.start_of(sft.Args()) == str(ROOT / "checkpoints/base")
     model, processor, _ = load_policy(sft.BASE, torch.device("cpu"))
     assert list(model.config.norm_stats) == ["base"] and processor.image_size == 128
     assert sum(weights.numel() for weights in model.parameters()) < 1_200_000

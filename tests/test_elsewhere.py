@@ -1,5 +1,6 @@
 """A checkpoint acts where this repository has never been."""
 
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from conftest import ROOT, call
 
 import eval as evaluation
 import vla
+from benchmark import ship
 from plumbing.card import model_card
-from plumbing.checkpoint import load_policy, save_checkpoint
+from plumbing.checkpoint import damage, load_policy, save_checkpoint
+from world.tasks import UserError
 
 CPU = torch.device("cpu")
 INSTRUCTION = "pick up the red cube and move it to the green ball"
@@ -155,3 +158,30 @@ def test_an_evaluation_writes_the_success_on_the_card(policy):
     assert "of 2 greedy episodes of PickCube-v1" in card.read_text()
     # The card belongs to no checksum, so the checkpoint is whole.
     load_policy(folder, CPU)
+
+
+def test_a_shipped_policy_is_the_evaluated_one_without_its_training_state(checkpoint, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run)
+    output = tmp_path / "shipped"
+    with pytest.raises(UserError, match=f"first eval.py --checkpoint {run}"):
+        ship.main(run, output)
+    (run / "results.json").write_text("{}")
+    ship.main(run, output)
+    # A second time it replaces the first.
+    ship.main(run, output)
+    names = {file.name for file in (run / "checkpoint").iterdir()}
+    assert {file.name for file in output.iterdir()} == names - {"training_state.safetensors"}
+    assert {"vla.py", "README.md", "separator.safetensors"} < names
+    assert not damage(output)
+    load_policy(output, CPU)
+    with open(output / "model.safetensors", "ab") as file:
+        file.write(b"x")
+    assert damage(output) == "model.safetensors"
+    # A damaged checkpoint is not shipped, and other folders are not replaced.
+    (run / "checkpoint/config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json.*: nothing was copied"):
+        ship.main(run, output)
+    assert damage(output) == "model.safetensors"
+    with pytest.raises(UserError, match="is something else than a checkpoint"):
+        ship.main(run, tmp_path)

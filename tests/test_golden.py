@@ -26,7 +26,7 @@ POLICY = ROOT / "checkpoints/PickCube-v1__sft"
 SCRIPTS = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo, "eval": evaluation}
 COMMANDS = {
     "sft": (
-        "--num-demos 3 --demo-speed 0.4 --demo-slip 0.1 --demo-pause 0.1 --demo-twist 3 "
+        "--vla tiny --num-demos 3 --demo-speed 0.4 --demo-slip 0.1 --demo-pause 0.1 --demo-twist 3 "
         "--num-updates 1 --batch-size 16 --num-envs 3 --num-eval-episodes 0"
     ),
     "sta_tpo": (

@@ -471,9 +471,11 @@ def joint_run(tmp_path_factory):
 def test_one_policy_learns_several_tasks_each_in_its_own_units(env_id, joint_run):
     config = json.loads((joint_run / "checkpoint/config.json").read_text())
     stats = config["norm_stats"]
-    assert list(stats) == ["PickCube-v1", env_id]
-    assert stats["PickCube-v1"]["proprio"] == stats[env_id]["proprio"]
-    for name, entry in stats.items():
+    # `base` is the model that it began with, by default.
+    assert list(stats) == ["base", "PickCube-v1", env_id]
+    assert stats["base"]["proprio"] == stats["PickCube-v1"]["proprio"] == stats[env_id]["proprio"]
+    for name in ("PickCube-v1", env_id):
+        entry = stats[name]
         limit = TASKS[name].arm.limit
         assert entry["action"]["q99"] == pytest.approx(limit)
         assert entry["action"]["q01"] == pytest.approx([-x for x in limit])

@@ -1,0 +1,51 @@
+"""Copies the policy of an evaluated run into checkpoints/, without what only a resume needs.
+
+python benchmark/ship.py runs/PickCube-v1__sft__1__ipi checkpoints/PickCube-v1__sft
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tyro
+
+from plumbing.card import CARD_NAME
+from plumbing.checkpoint import checksums, damage
+from plumbing.run import one_line_errors
+from world.tasks import UserError
+
+
+def ship(checkpoint: Path, output: Path) -> None:
+    """Copies the files of a checkpoint except the training state, with checksums of their own.
+
+    What was at `output` is replaced. Raises UserError where the checkpoint is damaged.
+    """
+    damaged = damage(checkpoint)
+    if damaged:
+        raise UserError(f"{checkpoint} is damaged ({damaged}): nothing was copied")
+    new = output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    state = shutil.ignore_patterns("training_state.safetensors")
+    shutil.copytree(checkpoint, new, ignore=state)
+    (new / "checksums.json").write_text(json.dumps(checksums(new)))
+    # The folder gets its name last, so it is whole or not there.
+    shutil.rmtree(output, ignore_errors=True)
+    new.rename(output)
+
+
+def main(run: tyro.conf.Positional[Path], output: tyro.conf.Positional[Path]) -> None:
+    """run: a run's folder, evaluated, because its card says how good it is. output: the copy."""
+    card = run / "checkpoint" / CARD_NAME
+    if not (run / "results.json").exists() or not card.exists():
+        raise UserError(f"{run} is no evaluated run: first eval.py --checkpoint {run}")
+    if output.exists() and not (output / "args.json").exists():
+        raise UserError(f"{output} is something else than a checkpoint: give another folder")
+    ship(run / "checkpoint", output)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        tyro.cli(main)
