@@ -5,6 +5,10 @@
 #   SMOKE=1 ./ipi.sh           the same path in a few updates, to see that everything works
 set -euo pipefail
 cd "$(dirname "$0")"
+if [ $# -gt 1 ]; then
+  echo "ipi.sh takes a task alone; the flags of each script stand in this file" >&2
+  exit 2
+fi
 ENV_ID=${1:-PickCube-v1}
 SEED=${SEED:-1}
 RUNS=runs

@@ -84,8 +84,8 @@ class Args:
 
     # the policy and the tasks
     vla: str = "base"
-    """`base` (the shipped tiny model: it sees, and knows no action yet), `tiny` (the same from
-    scratch), a checkpoint folder, or an OpenVLA: its published folder, or its hub id"""
+    """`base` (the shipped tiny model, which has learned where objects are, and no action), `tiny`
+    (the same from scratch), a checkpoint folder, an OpenVLA's published folder, or its hub id"""
     env_id: str = "PickCube-v1"
     """task, or several with commas between them"""
     num_envs: int = 8
@@ -102,8 +102,8 @@ class Args:
     num_demos: int = 100
     """demonstrations of each task that the expert makes, or the most to read from --demo-path"""
     demo_speed: float = 0.7
-    """largest share of the expert's largest step along each axis: people are slower than a script;
-    1 is the expert itself"""
+    """the tool moves at most this share of the expert's largest step along each axis, because
+    people are slower than a script; 1 is the expert itself"""
     demo_noise: float = 0.1
     """deviation of the noise on the executed motion, in shares of the largest step, on a random
     half of the steps; labels stay clean (DART, Laskey 2017)"""
@@ -206,7 +206,7 @@ def demo_paths(text: str) -> list[Path]:
     start = ""
     for part in text.split(","):
         start += part
-        # A part that ends no file's name is the beginning of one.
+        # There is no such file yet, so the comma may be a part of its name.
         if os.path.exists(start):
             paths.append(Path(start))
             start = ""
@@ -242,8 +242,8 @@ def make_demos(args: Args, ids: list[str], folder: Path, image_size: int, rank: 
         file = folder / f"demos_{env_id}.h5"
         if file.exists():
             print(
-                f"{file} is there: --num-demos and the other --demo flags are those that it was "
-                "made with"
+                f"{file} is there: at most --num-demos of its demonstrations are used, which were "
+                "made with their own --demo flags"
             )
         elif rank == 0:
             collect_demos(
@@ -276,7 +276,7 @@ def action_stats(actions: torch.Tensor, env_id: str) -> dict:
     Raises UserError where none varies.
     """
     arm = TASKS[env_id].arm
-    # One fault of a recorder would cost all other frames their resolution.
+    # One outlier would stretch the range and make every bin coarser.
     ordinary = actions[is_ordinary(actions, arm)]
     low = ordinary.amin(0)
     high = ordinary.amax(0)
@@ -431,13 +431,15 @@ def resume(run: Run, model, heads: torch.nn.ModuleDict, optimizer, metrics: Metr
         metrics.minibatches.append(dict(zip(METRICS, values)))
 
 
-def log_means(run: Run, metrics: Metrics, scalars: dict[str, float], step: int) -> None:
+def log_means(
+    run: Run, metrics: Metrics, scalars: dict[str, float], step: int, num_updates: int
+) -> None:
     """Logs the means since the last row, and prints them now and then."""
     rows = [torch.stack(list(row.values())) for row in metrics.minibatches]
     means = dict(zip(METRICS, torch.stack(rows).mean(0).tolist()))
     losses = {f"losses/{name}": mean for name, mean in means.items()}
     run.log({**losses, **scalars}, step)
-    if step % (10 * LOG_FREQ) == 0:
+    if step % (10 * LOG_FREQ) == 0 or step == num_updates:
         numbers = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
         print(f"update {step}: {numbers} after {run.seconds():.0f} s", flush=True)
 
@@ -445,7 +447,9 @@ def log_means(run: Run, metrics: Metrics, scalars: dict[str, float], step: int) 
 def log_evaluation(args: Args, run: Run, model, processor, ids: list[str], step: int) -> None:
     """Evaluates the policy greedily on each task, on seeds that training never sees."""
     # A policy of several tasks has a success rate for each.
-    for env_id in ids if args.num_eval_episodes else []:
+    if not args.num_eval_episodes:
+        return
+    for env_id in ids:
         start = time.time()
         result = evaluate(
             model,
@@ -527,7 +531,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
         own_bins = mb_bins[rank::world_size].split(args.chunk_size)
         own_shift = mb_shift[rank::world_size].split(args.chunk_size)
         for chunk, chunk_bins, chunk_shift in zip(own_inds, own_bins, own_shift, strict=True):
-            active = frames.active[frames.task[chunk]].to(device)  # (B, A)
+            active = frames.active[frames.task[chunk]].to(device)  # (chunk, A)
             texts = [instructions[i] for i in frames.task[chunk]]
             # All tasks share one normalisation of the proprioception.
             proprio_stats = all_stats[0].get("proprio")
@@ -549,6 +553,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
             stage_logits = heads["separator"](hidden.detach().float())
             stage = frames.stage[chunk].to(device)
             stage_loss = F.cross_entropy(stage_logits, stage, ignore_index=-1, reduction="sum")
+            right = stage_logits.argmax(-1) == stage
             loss = ce + args.aux_coef * aux_loss + stage_loss / len(chunk)
             # The gradients of all chunks and processes add up to the batch's.
             share = len(chunk) / B
@@ -562,7 +567,8 @@ def main(args: Args) -> None:  # noqa: PLR0915
                 token_accuracy=(off == 0).float().mean(),
                 # in units of the largest action
                 action_l1=2 * off.float().mean() / (n_bins - 1),
-                stage_accuracy=(stage_logits.argmax(-1) == stage).float().mean(),
+                # over the frames whose stage is known
+                stage_accuracy=right.sum() / (stage >= 0).sum().clamp(min=1),
             )
         parallel.sum_over_processes([p.grad for p in trained])
         # The separator's gradient is its own and is not clipped.
@@ -578,7 +584,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
 
         # ---- log ----
         if step % LOG_FREQ == 0 or step == args.num_updates:
-            # A resumed run has rows from before in its means, but no seconds.
+            # After a resume the means include older rows. Only this call's rows were timed.
             num_timed = min(len(metrics.minibatches), step - first_step)
             seconds = (time.time() - start_row) / num_timed
             start_row = time.time()
@@ -588,7 +594,7 @@ def main(args: Args) -> None:  # noqa: PLR0915
                 "time/update": seconds,
                 "time/peak_gpu_gb": torch.cuda.max_memory_allocated() / 2**30,
             }
-            log_means(run, metrics, scalars, step)
+            log_means(run, metrics, scalars, step, args.num_updates)
             metrics = Metrics()
 
         # ---- save ----

@@ -337,7 +337,7 @@ class Buffers:
         # PPO's old log-probabilities, one per action
         self.logprobs = torch.zeros(T, N, device=device)
         self.rewards = torch.zeros(T, N, device=device)
-        # GAE adds no V after step t.
+        # Step t is terminal for GAE: no V of its next state is added.
         self.terminated = torch.zeros(T, N, dtype=torch.bool, device=device)
         # Step t has ended the episode by success or at the horizon, and the env has begun another.
         # (In CleanRL dones[t] is about step t - 1.)
@@ -398,7 +398,7 @@ class StageReward:
         self.form = args.stage_reward
         self.weight = weight
         self.gamma = args.gamma
-        # What these forms have paid is kept at the horizon. A bootstrapped V would pay for more.
+        # The horizon is an end here: what was paid is kept, and no V of a next state is added.
         self.horizon_ends = weight > 0 and self.form in ("progress", "paced")
         self.horizon = task.max_episode_steps
         self.stages = task.stages
@@ -410,7 +410,7 @@ class StageReward:
     def begin(self, half: slice, began: torch.Tensor, stages: torch.Tensor) -> None:
         """Episodes begin in the envs of `half` where `began` (n,) is true, in `stages` (n,)."""
         # An episode that begins in success, which is stage K, begins in stage 0.
-        stages = stages % len(self.stages)
+        stages = torch.where(stages == len(self.stages), 0, stages)
         self.furthest[half] = torch.where(began, stages, self.furthest[half])
         self.steps[half] = torch.where(began, 0, self.steps[half])
 
@@ -521,9 +521,9 @@ def compute_gae(
     """Generalised advantage estimation (Schulman et al. 2016).
 
     All (T, N). terminated, done: bool; done = terminated or truncated. next_values[t] is V of the
-    true next state: at an episode's end that of its final observation. After a truncation the
-    value of that state is bootstrapped, after a termination it is not. At both the recursion over
-    advantages starts again.
+    true next state: at an episode's end that of its final observation. A truncation bootstraps
+    that value, a termination does not. After either of them the recursion over advantages starts
+    again.
     Returns advantages, and returns = advantages + values.
     """
     shapes = {x.shape for x in (rewards, values, next_values, terminated, done)}
@@ -813,8 +813,8 @@ def kl_weight(args: Args, iteration: int) -> float:
 def reset_momentum(optimizer) -> None:
     """Sets Adam's momentum to zero, which the untrained critic has shaped."""
     for moments in optimizer.state.values():
-        # Adam's step count stays, so nothing scales the new momentum up. The next ten steps or so
-        # are small.
+        # Adam's step count stays, so its bias correction hardly scales the new momentum up. The
+        # next ten steps or so are small.
         moments["exp_avg"].zero_()
 
 
@@ -951,8 +951,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         total=args.num_iterations, initial=resumed_at, desc="sta_ppo", unit="update"
     )
     iteration = resumed_at
-    # Inside the loop a signal waits until the update is saved. Then Stop.hold ends the script.
-    # Otherwise it returns what it is given.
+    # Stop.hold returns what it is given. After a signal the running update is still finished and
+    # saved, and then Stop.hold ends the script.
     while Stop.hold(iteration < args.num_iterations):
         # The same seed, update and process give the same random numbers, also after a resume.
         torch.manual_seed((args.seed * 1_000_003 + iteration) * world_size + rank)
@@ -973,8 +973,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             statistics.observe(slice(0, N), reset_info)
         else:
             buf.carry_last_state()
-        # Each pass first receives the result of step t - 1 into row t - 1, and the state it led to
-        # into row t. Then it acts for step t.
+        # Pass t stores what step t - 1 brought: its reward in row t - 1, its next state in row t.
+        # Then it acts for step t. Pass T only stores.
         for t in range(T + 1):
             for half in envs.halves:
                 if t > 0:
@@ -982,7 +982,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     step_obs, env_reward, term, trunc, info = envs.receive(half)
                     stage, phi = stage_of(step_obs, info)
                     buf.put_state(t, half, step_obs, stage, phi, stage_reward.clock(info))
-                    success = term.to(device)
+                    success = term.to(device)  # nothing else terminates an episode
                     done = (term | trunc).to(device)
                     # The true next state of an ended episode is its final observation.
                     next_stage, next_phi = true_next(stage, phi, info, stage_of)
@@ -1010,7 +1010,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                     inputs = codec.inputs(buf.obs_at(t, half))
                     buf.bins[t, half], logprob, hidden = sample_action(model, inputs, active)
                     value = value_head(hidden, buf.clock[t, half]).detach()
-                    # Otherwise a single number would be copied to all envs.
+                    # Without this check a single number could be copied to all envs.
                     assert logprob.shape == value.shape == buf.values[t, half].shape
                     buf.logprobs[t, half] = logprob
                     buf.values[t, half] = value
@@ -1066,7 +1066,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                         model, inputs, b_bins[chunk], active
                     )
                     newvalue = value_head(hidden, b_clock[chunk])
-                    # Otherwise the losses below would broadcast.
+                    # Without this check the losses below could broadcast.
                     assert newlogprob.shape == newvalue.shape == b_returns[chunk].shape
 
                     logratio = newlogprob - b_logprobs[chunk]
@@ -1089,7 +1089,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
                         entropy=entropy.mean(),
                         **ratio_metrics(logratio.detach(), args.clip_coef),
                     )
-                    # No minibatch is finished, so the policy is still the roll-out's: only rounding
+                    # In the first minibatch the policy is still the roll-out's: only rounding
                     # differs.
                     if not metrics.minibatches:
                         largest_logratio = logratio.detach().abs().max().maximum(largest_logratio)

@@ -2,7 +2,8 @@
 
     python benchmark/base.py        # about an hour on two CPU cores
 
-Recorded frames are kept, so a stopped run records no frame twice. Training begins again.
+Frames of finished tasks are kept in runs/base, 5.4 GB in all. After a stop the unfinished task and
+the training begin again.
 
 OpenVLA begins with towers that have seen millions of pictures. The tiny model from scratch has seen
 none, and 100 demonstrations show it 100 places of a cube. Here it sees frames of all tasks in which
@@ -177,7 +178,7 @@ class Reader:
         output = Path(args.output)
         work = output.with_name(f"{output.name}.run")
         settings = {**asdict(args), "method": "base", "wall_s": round(seconds, 1)}
-        # A card is written of a policy alone.
+        # Without env_id, save_checkpoint writes no model card.
         del settings["env_id"]
         save_checkpoint(work, self.model, self.processor, settings, {"script": "base"})
         ship(work / "checkpoint", output)

@@ -4,6 +4,8 @@ from world.tasks import TASKS
 
 CARD_NAME = "README.md"
 
+# What a card says of the success before an evaluation.
+NOT_EVALUATED = "not evaluated yet"
 # The hub reads the lines between the dashes.
 CARD = """---
 license: {licence}

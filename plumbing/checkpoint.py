@@ -36,7 +36,7 @@ from torch import nn
 
 import vla
 from plumbing import parallel
-from plumbing.card import CARD_NAME, model_card
+from plumbing.card import CARD_NAME, NOT_EVALUATED, model_card
 from plumbing.strangers import check_files, load_processor, read_config
 from world.tasks import UserError
 
@@ -85,7 +85,7 @@ def save_checkpoint(
     settings = {**settings, "script": state.get("script", ""), "command": command_line()}
     (new / "args.json").write_text(json.dumps(settings, indent=1))
     if "env_id" in settings:
-        (new / CARD_NAME).write_text(model_card(settings, model.config, "not evaluated yet"))
+        (new / CARD_NAME).write_text(model_card(settings, model.config, NOT_EVALUATED))
     for name, head in (heads or {}).items():
         save_file(head.state_dict(), new / f"{name}.safetensors")
     moments = optimizer.state_dict()["state"] if optimizer else {}
@@ -226,7 +226,7 @@ def damage(folder: Path) -> str:
     """
     try:
         written = dict(json.loads((folder / "checksums.json").read_text()))
-    # Published and shipped checkpoints have no checksums.
+    # Published models have no checksums.
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, TypeError):

@@ -215,20 +215,28 @@ def explain_os_error(error: OSError) -> str:
     return line
 
 
+# Numbers that are at most 1, in any script.
+SHARES = ("gamma", "gae_lambda", "kl_anneal", "stage_resets", "demo_slip", "demo_pause")
+
+
 def check_numbers(given: dict, least: dict[str, float]) -> None:
     """Checks the command line before anything is made.
 
     given: all arguments by name. least: the smallest value allowed, 0 for names that it lacks.
-    Raises UserError where a number is not finite or too small, where the seed is too large, and
-    where --track or --backend ask for what is not installed.
+    Raises UserError where a number is not finite, too small or, as a share, above 1, where the seed
+    is too large, and where --track or --backend ask for what is not installed.
     """
     for name, value in given.items():
         if not isinstance(value, (int, float)):
             continue
+        flag = name.replace("_", "-")
         smallest = least.get(name, 0)
         if not (math.isfinite(value) and value >= smallest):
-            flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be a finite number, at least {smallest}, not {value}")
+        if name in SHARES and value > 1:
+            raise UserError(f"--{flag} must be at most 1, not {value}")
+    if given.get("max_grad_norm") == 0:
+        raise UserError("--max-grad-norm 0 makes every gradient 0, so nothing would be learned")
     if given["seed"] >= 2**32:
         # Random generators take no larger seeds.
         raise UserError(f"--seed must be below {2**32}, not {given['seed']}")

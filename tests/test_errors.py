@@ -297,6 +297,10 @@ def test_sizes_that_do_not_divide(checkpoint, refuses):
         ("sta_ppo", "--clip-coef", -0.2),
         ("sta_ppo", "--gamma", float("nan")),
         ("sta_ppo", "--gamma", float("inf")),
+        ("sta_ppo", "--gamma", 1.5),
+        ("sta_ppo", "--gae-lambda", 95),
+        ("sta_ppo", "--max-grad-norm", 0),
+        ("sft", "--demo-slip", 2),
     ],
 )
 def test_numbers_that_would_turn_a_loss_or_a_loop_around(script, flag, value, checkpoint, refuses):

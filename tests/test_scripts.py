@@ -155,6 +155,13 @@ def test_eval_compares_results_on_their_common_seeds(evaluated, ppo_run, workspa
     assert table.count("STA-PPO") == 2 and "+0.000 [-0.490, +0.490]" in table
 
 
+def test_ipi_takes_no_flag_of_a_script():
+    command = ["./ipi.sh", "PickCube-v1", "--vla", "tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("ipi.sh takes a task alone") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_smoke_run_of_the_whole_pipeline_prints_a_table():
     command = ["./ipi.sh", "PickCube-v1"]
