@@ -446,9 +446,9 @@ def log_means(
 
 def log_evaluation(args: Args, run: Run, model, processor, ids: list[str], step: int) -> None:
     """Evaluates the policy greedily on each task, on seeds that training never sees."""
-    # A policy of several tasks has a success rate for each.
     if not args.num_eval_episodes:
         return
+    # A policy of several tasks has a success rate for each.
     for env_id in ids:
         start = time.time()
         result = evaluate(

@@ -1,6 +1,8 @@
 """Copies the policy of an evaluated run into checkpoints/, without what only a resume reads.
 
-python benchmark/ship.py runs/PickCube-v1__sft__1__ipi checkpoints/PickCube-v1__sft
+    python benchmark/ship.py runs/PickCube-v1__sft__1__ipi checkpoints/PickCube-v1__sft
+
+The card of the checkpoint goes along. It says how good the policy is.
 """
 
 import json

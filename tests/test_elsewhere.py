@@ -1,5 +1,6 @@
 """A checkpoint acts where this repository has never been."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from plumbing.checkpoint import damage, load_policy, save_checkpoint
 from world.tasks import UserError
 
 CPU = torch.device("cpu")
+LIST = (ROOT / "checkpoints/README.md").read_text()
 INSTRUCTION = "pick up the red cube and move it to the green ball"
 # Acts with the Auto classes alone. It is given a folder and the packages that may be imported,
 # besides those that these need.
@@ -157,6 +159,21 @@ def test_an_evaluation_writes_the_success_on_the_card(policy):
     call(evaluation, "--checkpoint", folder, "--num-eval-episodes", 2, "--num-envs", 2, "--no-cuda")
     assert "of 2 greedy episodes of PickCube-v1" in card.read_text()
     # The card belongs to no checksum, so the checkpoint is whole.
+    load_policy(folder, CPU)
+
+
+SHIPPED = sorted((ROOT / "checkpoints").glob("*__*"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_what_is_shipped_is_whole_and_says_how_good_it_is(folder):
+    """Each policy has its code and a card, and checkpoints/README.md says the same success."""
+    assert not damage(folder) and (folder / "checksums.json").exists()
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4_500_000
+    assert "class OpenVLAForActionPrediction" in (folder / "vla.py").read_text()
+    (row,) = re.findall(rf"^\| `{folder.name}` .*\| (.+?) \|$", LIST, re.M)
+    card = (folder / "README.md").read_text()
+    assert f"- Success: {row} greedy episodes of {folder.name.split('__')[0]} (" in card
     load_policy(folder, CPU)
 
 

@@ -472,7 +472,7 @@ def test_one_policy_learns_several_tasks_each_in_its_own_units(env_id, joint_run
     config = json.loads((joint_run / "checkpoint/config.json").read_text())
     stats = config["norm_stats"]
     # `base` is the model that it began with, by default.
-    assert list(stats) == ["base", "PickCube-v1", env_id]
+    assert list(stats) == ["PickCube-v1", env_id, "base"]
     assert stats["base"]["proprio"] == stats["PickCube-v1"]["proprio"] == stats[env_id]["proprio"]
     for name in ("PickCube-v1", env_id):
         entry = stats[name]
