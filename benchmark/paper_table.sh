@@ -21,7 +21,8 @@
 #   NAME=broad IMITATION=long STATES=64 STEPS=36000 PPO_FLAGS="--learning-rate 1.5e-5" \
 #     METHODS="STA-TPO-sum PPO IPI-sum" benchmark/paper_table.sh StackCube-v1
 #
-# The first line, with no METHODS, makes only the imitation.
+# The first line, with no METHODS, makes only the imitation. PickCube-v1's rows without a budget
+# began with DEMOS=1000 UPDATES=2500.
 #
 # A machine with a GPU and many cores runs several chains at once, after the first line:
 #   METHODS= benchmark/paper_table.sh StackCube-v1

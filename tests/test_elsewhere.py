@@ -19,6 +19,7 @@ from plumbing.checkpoint import damage, load_policy, save_checkpoint
 from world.tasks import UserError
 
 CPU = torch.device("cpu")
+SHIPPED = sorted((ROOT / "checkpoints").glob("*__*"))
 LIST = (ROOT / "checkpoints/README.md").read_text()
 INSTRUCTION = "pick up the red cube and move it to the green ball"
 # Acts with the Auto classes alone. It is given a folder and the packages that may be imported,
@@ -160,9 +161,6 @@ def test_an_evaluation_writes_the_success_on_the_card(policy):
     assert "of 2 greedy episodes of PickCube-v1" in card.read_text()
     # The card belongs to no checksum, so the checkpoint is whole.
     load_policy(folder, CPU)
-
-
-SHIPPED = sorted((ROOT / "checkpoints").glob("*__*"))
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)

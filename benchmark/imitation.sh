@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Variants of imitation on one task, from the same demonstrations, on 200 development episodes.
+#   benchmark/imitation.sh ENV_ID "FLAGS OF SFT.PY" ["OTHER FLAGS" ...]
+# The variants in LOG.md, of StackCube-v1:
+#   2026-11-29  "--vla tiny --image-shift 0" "--vla tiny --image-shift 4" "--vla tiny --image-shift 10"
+#   2026-11-30  "--vla tiny" "--vla base" "--vla base --learning-rate 3e-4"
+# A stopped run goes on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# Idle OpenMP threads must not take the cores from the env processes.
+export OMP_WAIT_POLICY=PASSIVE
+ENV_ID=$1
+RESULTS=()
+for FLAGS in "${@:2}"; do
+  RUN=runs/${ENV_ID}__sft__1__${FLAGS//[^a-z0-9.]/}
+  # The seed decides the demonstrations, so they are the same in each run.
+  .venv/bin/python sft.py --env-id "$ENV_ID" --seed 1 --output-dir "$RUN" --resume \
+    --num-eval-episodes 0 $FLAGS
+  .venv/bin/python eval.py --checkpoint "$RUN" --seed 7 --num-eval-episodes 200
+  RESULTS+=("$RUN/results.json")
+done
+.venv/bin/python eval.py --compare "${RESULTS[@]}"
