@@ -102,7 +102,7 @@ class Args:
     output_dir: str = ""
     """where results.json, report.html and video.mp4 go. Empty: the checkpoint's run folder"""
     method: str = ""
-    """name of the method in the result. Empty: the script that made the checkpoint"""
+    """name of the method in the result. Empty: as the checkpoint says, for example STA-PPO"""
     compare: tuple[str, ...] = ()
     """results.json files: print one table with paired differences on common seeds, and stop"""
 

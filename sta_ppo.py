@@ -133,7 +133,7 @@ class Args:
     potential: Literal["sigmoid", "linear"] = "sigmoid"
     """form of phi_k: sigmoid(1 - d / L) / sigmoid(1), or max(0, 1 - d / L)"""
     potential_across_stages: Literal["offset", "bare"] = "offset"
-    """offset: Phi = k + phi_k. bare: the paper's phi_k alone, which falls at each stage switch"""
+    """offset: Phi = k + phi_k. bare: phi_k alone, as in the paper, which falls between stages"""
     silent_stages: str = ""
     """stages, with commas between them, whose distance pays nothing: Phi = k inside them"""
     stage_resets: float = 0.0

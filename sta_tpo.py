@@ -24,8 +24,8 @@ The reference is the checkpoint itself, as cached fp32 log-probabilities.
 docs/sta_tpo.md has the equations, the choices, and what differs from GRAPE.
 
 Comments that begin with STARE show where stages enter TPO.
-Letters: T steps, K stages, P pairs, S steps of all pairs in a batch, B steps in a chunk, A action
-tokens, N envs, D hidden width.
+Letters: T steps, K stages, P pairs, S steps of all segments in a batch, U different ones among
+them, B steps in a chunk, A action tokens, N envs, D hidden width.
 """
 
 import json
@@ -134,7 +134,7 @@ class Args:
     same run (--resume --output-dir)"""
     tpo_reduction: Literal["mean", "sum"] = "mean"
     """q is the mean over a segment's steps (the paper) or the sum (GRAPE), which needs a smaller
-    beta"""
+    beta, such as 0.3"""
     beta: float = 5.0
     """inverse temperature of the preference; a larger one keeps the policy nearer the reference"""
     cost: Literal["sum", "mean"] = "sum"
@@ -151,7 +151,8 @@ class Args:
     was taught to be slower, as by sft.py's --demo-speed 0.4"""
     blame_steps: int = 0
     """of a loser that did not complete its stage, only the last steps, this many, enter q: those
-    before them may have been right; 0: all steps"""
+    before them may have been right; 0: all steps. Not with --preferences, which say who is better
+    and not who completed"""
     anchor_coef: float = 0.0
     """c_a: weight of -mean log pi over the winners' steps, which keeps their log-probability from
     falling with the losers' (RPO, CPL)"""
@@ -280,12 +281,17 @@ def sta_tpo_loss(
 # ---- roll-outs of the reference policy ----
 def rollout_jobs(args: Args) -> list[tuple[int, ...]]:
     """(seed of the initial state, number) of each roll-out. With --branch (seed,) of each tree."""
-    # The seed alone decides the initial states, so that a resumed run finds its files again.
+    # The seed alone decides the initial states, so that a resumed run finds its files again. More
+    # states begin with the same ones, because the seeds are drawn one after another.
     rng = np.random.default_rng(args.seed)
-    init_seeds = rng.choice(TRAIN_SEEDS, args.num_initial_states, replace=False)
+    init_seeds = []
+    while len(init_seeds) < args.num_initial_states:
+        drawn = int(rng.integers(TRAIN_SEEDS))
+        if drawn not in init_seeds:
+            init_seeds.append(drawn)
     if args.branch:
-        return [(int(s),) for s in init_seeds]
-    return [(int(s), r) for s in init_seeds for r in range(args.rollouts_per_state)]
+        return [(seed,) for seed in init_seeds]
+    return [(seed, r) for seed in init_seeds for r in range(args.rollouts_per_state)]
 
 
 def files_of(folder: Path, jobs: list[tuple[int, ...]]) -> list[Path]:
@@ -307,18 +313,20 @@ def collect_rollouts(
 ) -> list[Path]:
     """Samples `rollouts_per_state` episodes from each initial state. Returns the files of all.
 
-    Each roll-out is an .npz of its own, so that a stopped run goes on where it was. An env takes
-    the next roll-out as soon as it is free. A process of a job takes every world_size-th one.
-    With --branch a tree takes the place of a roll-out, see `sample_trees`.
+    Each roll-out is an .npz of its own, so that a stopped run goes on where it was. A process of a
+    job takes every world_size-th one. With --branch a tree takes the place of a roll-out.
     """
     folder.mkdir(exist_ok=True)
-    # The seed alone decides the jobs, so a resumed run finds its files again.
     jobs = rollout_jobs(args)
     files = files_of(folder, jobs)
     mine = range(rank, len(jobs), world_size)
     todo = [jobs[i] for i in mine if not files[i].exists()]
     if not todo:
         return files
+    if args.preferences:
+        raise UserError(
+            f"{folder} lacks roll-outs that were judged: give the flags of the --export-pairs"
+        )
     num_done = len(mine) - len(todo)
     # A stopped collection must not sample again what it has sampled.
     torch.manual_seed((args.seed * 1_000_003 + num_done) * world_size + rank)
@@ -384,7 +392,7 @@ def recorded_step(i: int, obs: dict, info: dict, bins: torch.Tensor, lengths: to
         "rgb": obs["rgb"][i].cpu().clone(),
         "proprio": obs["proprio"][i].cpu().clone(),
         "bins": bins[i].cpu(),
-        # An episode that begins in success begins in its first stage.
+        # An episode that begins in success, which is stage K, begins in stage 0.
         "stage": info["stage"][i].cpu() % len(lengths),
         "distances": info["distances"][i].cpu() / lengths,
     }
@@ -457,8 +465,8 @@ def sample_trees(
         for i, tree in enumerate(trees):
             if not tree:
                 continue
-            # the tree's first step
-            if not (tree.rollouts or tree.steps):
+            is_first_step = not tree.rollouts and not tree.steps
+            if is_first_step:
                 tree.stage = int(info["stage"][i]) % K
             tree.steps.append(recorded_step(i, obs, info, bins, lengths))
             # After the end of an episode there is no state to go on from.
@@ -516,14 +524,14 @@ def write_tree(folder: Path, tree: Tree) -> None:
     new.rename(folder / str(tree.seed))
 
 
-def rollout_files(places: list[Path]) -> list[Path]:
-    """The .npz files of all roll-outs. places: these files, or the folders of trees."""
+def rollout_files(paths: list[Path]) -> list[Path]:
+    """The .npz files of all roll-outs. paths: these files, or the folders of trees."""
     files = []
-    for place in places:
-        if place.is_dir():
-            files += sorted(place.glob("*.npz"), key=lambda file: int(file.stem.split("_b")[1]))
+    for path in paths:
+        if path.is_dir():
+            files += sorted(path.glob("*.npz"), key=lambda file: int(file.stem.split("_b")[1]))
         else:
-            files.append(place)
+            files.append(path)
     return files
 
 
@@ -551,12 +559,18 @@ def read_rollouts(files: list[Path]) -> list[dict]:
 
 
 @torch.no_grad()
-def relabel(rollouts: list[dict], sft_model, separator, codec: vla.Codec, K: int) -> None:
+def relabel(
+    rollouts: list[dict], sft_model, separator, codec: vla.Codec, K: int, chunk_size: int
+) -> None:
     """STARE: replaces the rules' stages by the learned separator's. It knows no distances."""
     for rollout in Progress(rollouts, desc="separator", unit="roll-out"):
-        hidden = sft_model(**codec.inputs(rollout), logits_to_keep=1).last_hidden_state[:, -1]
-        # The classifier has an output for each stage of its longest task.
-        logprobs = separator(hidden.float())[:, :K].log_softmax(-1)  # (T, K)
+        stage_logits = []
+        for chunk in torch.arange(len(rollout["stage"])).split(chunk_size):
+            inputs = codec.inputs({name: rollout[name][chunk] for name in ("rgb", "proprio")})
+            hidden = sft_model(**inputs, logits_to_keep=1).last_hidden_state[:, -1]
+            # The classifier has an output for each stage of its longest task.
+            stage_logits.append(separator(hidden.float())[:, :K])
+        logprobs = torch.cat(stage_logits).log_softmax(-1)  # (T, K)
         # Viterbi: a trajectory's stages never fall.
         rollout["stage"] = decode_stages(logprobs.cpu())
         rollout["distance"] = torch.zeros(len(rollout["stage"]))
@@ -640,10 +654,10 @@ def compare(
     i: int, j: int, k: int, costs: list, completed: list[int], cost_margin: float
 ) -> dict | None:
     """The pair that roll-outs i and j make in stage k; None where neither is better."""
-    # One of the two never got here.
+    # One of the two has not completed stage k - 1, so it never got here.
     if min(completed[i], completed[j]) < k:
         return None
-    # One of the two skipped the stage.
+    # One of the two skipped the stage, or is a branch of another one.
     if math.isnan(costs[i][k]) or math.isnan(costs[j][k]):
         return None
     i_completed = completed[i] > k
@@ -670,8 +684,7 @@ def compare(
 def preference_order(pair: dict, group_size: int) -> tuple:
     """Sorts pairs: completions first, then the widest gaps.
 
-    Where all gaps are alike, the last entry keeps a roll-out out of as many of the first pairs as
-    possible.
+    Where all gaps are alike, the last entry spreads the first pairs over the roll-outs.
     """
     by_cost = pair["reason"] != "completed"
     gap = pair["cost_chosen"] - pair["cost_rejected"]
@@ -685,7 +698,8 @@ def print_pairs(
     """A table: how many pairs each stage has, and why.
 
     slower wins: the share of the pairs by cost whose winner took more steps. entry gap: how far
-    apart in d_k / L_k the two segments of a pair begin, because only stage 0 starts alike.
+    apart in d_k / L_k the two segments of a pair begin, because only stage 0 starts alike. Learned
+    stages know no distances, so their gap is 0.
     """
     success = np.mean([rollout["success"] for rollout in rollouts])
     steps = sum(len(rollout["stage"]) for rollout in rollouts)
@@ -716,8 +730,8 @@ def print_pairs(
         )
         if len(slower) >= 10 and np.mean(slower) > 0.5:
             print(
-                f"warning: in {name} most winners by cost are the slower roll-outs: a mean "
-                "distance falls while the arm waits; --cost sum lets each step cost"
+                f"warning: in {name} most winners by cost are the slower roll-outs: with --cost "
+                "mean use --cost sum, in which each step costs; else raise --cost-margin"
             )
 
 
@@ -762,7 +776,7 @@ class PairSteps:
         self.model = model
         self.codec = codec
         self.active = active
-        # (roll-out, stage) -> the places of that segment's steps in the flat list
+        # (roll-out, stage) -> where that segment's steps stand in the flat list
         self.where: dict[tuple[int, int], torch.Tensor] = {}
         used = {(pair[side], pair["stage"]) for pair in pairs for side in ("chosen", "rejected")}
         parts = {"rgb": [], "proprio": [], "bins": []}
@@ -787,7 +801,7 @@ class PairSteps:
     def shared_logprobs(
         self, steps: torch.Tensor, chunk_size: int, rank: int, world_size: int, quiet: bool = True
     ) -> torch.Tensor:
-        """The same without a graph, (S,) on the CPU. Each process computes its share."""
+        """The same without a graph, on the CPU. Each process computes its share of the steps."""
         # The others' steps stay zero here, so the sum over processes fills them in.
         out = torch.zeros(len(steps), device=self.codec.device)
         chunks = steps[rank::world_size].split(chunk_size)
@@ -853,8 +867,17 @@ def check_args(args: Args) -> Task:
             "--branch cuts roll-outs by the rules' stages: "
             "leave out --no-stage-aware and --stage-source learned"
         )
+    if not args.stage_aware and args.stage_source == "learned":
+        raise UserError("--no-stage-aware uses no stages: leave out --stage-source learned")
     if args.branch:
         require_pace(task, "--branch")
+    if args.branch and args.export_pairs:
+        raise UserError(
+            "--export-pairs needs whole roll-outs, because the frame in which a branch completes "
+            "its stage is not kept: leave out --branch"
+        )
+    if not args.beta:
+        raise UserError("--beta 0 makes every gradient 0, so nothing would be learned")
     if args.cost_coef is None:
         args.cost_coef = 0.01 if args.cost == "sum" else 0.1
     # A person judged the roll-outs of one run, so the verdicts go with its folder.
@@ -887,7 +910,7 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
         if len(lines) < 2:
             raise UserError(f"{record} is damaged: choose another --output-dir")
         # Older runs wrote fewer lines.
-        source, origin, env_id, before, *_ = [*lines, "", ""]
+        source, origin, env_id, sampled, *_ = [*lines, "", ""]
         if given and Path(source).resolve() != model_folder(given).resolve():
             raise UserError(
                 f"the roll-outs in {args.output_dir} are those of {source}, not of {given}: "
@@ -895,9 +918,9 @@ def find_start(args: Args, run: Run) -> tuple[str, str]:
             )
         if env_id:
             run.settings.setdefault("env_id", env_id)
-        if before != sampling(args):
+        if sampled != sampling(args):
             raise UserError(
-                f"the roll-outs in {args.output_dir} were sampled {before or 'without --branch'}: "
+                f"the roll-outs in {args.output_dir} were sampled {sampled or 'without --branch'}: "
                 "give the same flags, or choose another --output-dir"
             )
     run.check_same("--env-id", "env_id", args.env_id)
@@ -919,8 +942,13 @@ def load_learned(args: Args, source: Path, model, device: torch.device):
 
 
 def sampling(args: Args) -> str:
-    """How roll-outs are sampled, where they cannot be mixed with others."""
-    return f"--branch with --rollouts-per-state {args.rollouts_per_state}" if args.branch else ""
+    """The flags that make branches. Branches of other flags cannot be mixed with them."""
+    if not args.branch:
+        return ""
+    return (
+        f"--branch with --rollouts-per-state {args.rollouts_per_state} "
+        f"--branch-patience {args.branch_patience}"
+    )
 
 
 def record_source(output: Path, source: Path, args: Args) -> None:
@@ -976,15 +1004,15 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
     start_rollout = time.time()
     folder = run.folder / "rollouts"
     size = processor.image_size
-    places = collect_rollouts(folder, model, codec, active, size, args, rank, world_size)
+    paths = collect_rollouts(folder, model, codec, active, size, args, rank, world_size)
     # The other processes write their share.
     parallel.barrier()
-    files = rollout_files(places)
+    files = rollout_files(paths)
     rollouts = read_rollouts(files)
     seconds_rollout = time.time() - start_rollout
     env_steps = sum(len(rollout["stage"]) for rollout in rollouts)
     if separator is not None:
-        relabel(rollouts, sft_model, separator, codec, K)
+        relabel(rollouts, sft_model, separator, codec, K, args.chunk_size)
 
     # ---- pairs ----
     segments = [segments_of(rollout, K, args.stage_aware) for rollout in rollouts]
@@ -1062,24 +1090,25 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         P = len(mb_pairs)
         # 2P segments, the chosen ones first
         chosen, rejected = sides_of(mb_pairs, data.where, args.blame_steps)
-        # A step that several pairs share is computed once.
-        mb_steps, place = torch.cat(chosen + rejected).unique(return_inverse=True)
+        # A step that several pairs share is computed once. row: where each of the S steps stands
+        # among these U different ones.
+        mb_steps, row = torch.cat(chosen + rejected).unique(return_inverse=True)
         # Each process computes as many steps. Those that are added weigh nothing.
-        padding = mb_steps[:1].expand(-len(mb_steps) % world_size)
-        mb_steps = torch.cat([mb_steps, padding])
+        missing = -len(mb_steps) % world_size
+        mb_steps = torch.cat([mb_steps, mb_steps[:1].expand(missing)])
         lengths = torch.tensor([len(segment) for segment in chosen + rejected])
         # of each step in the 2P segments: the segment that it belongs to
         owner = torch.repeat_interleave(torch.arange(2 * P), lengths)
-        # d q / d log pi(a_t|s_t)
+        # weight of each step's log ratio in its segment's q
         share = torch.ones(len(owner), dtype=torch.double)
         if args.tpo_reduction == "mean":
             share = 1 / lengths.double()[owner]
 
         # ---- pass 1, no graph: q of every segment, and the loss's derivative by it ----
         new_logprobs = data.shared_logprobs(mb_steps, args.chunk_size, rank, world_size)
-        logratio = (new_logprobs - ref_logprobs[mb_steps]).double()  # (S,)
+        logratio = (new_logprobs - ref_logprobs[mb_steps]).double()  # (U,)
         q = torch.zeros(2 * P, dtype=torch.double)
-        q = q.index_add(0, owner, share * logratio[place]).requires_grad_()
+        q = q.index_add(0, owner, share * logratio[row]).requires_grad_()
         cost_chosen = torch.tensor([pair["cost_chosen"] for pair in mb_pairs]).double()
         cost_rejected = torch.tensor([pair["cost_rejected"] for pair in mb_pairs]).double()
         losses, chosen_rewards, rejected_rewards = sta_tpo_loss(
@@ -1090,7 +1119,7 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
             args.beta,
             args.cost_coef,
         )
-        # A tie costs the mean of either order: -log sigmoid(-x) = x - log sigmoid(x).
+        # A tie costs the mean of both orders, and -log sigmoid(-x) = x - log sigmoid(x).
         is_tie = torch.tensor([pair["reason"] == "tie" for pair in mb_pairs])
         losses = losses + 0.5 * is_tie * (chosen_rewards - rejected_rewards)
         losses.mean().backward()
@@ -1100,9 +1129,10 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         # because nothing has changed since pass 1: no dropout, no optimiser step. The weight of a
         # step sums over all pairs that share it.
         step_grad = share * q.grad[owner]
+        # The anchor is linear in log pi. It is not part of the logged loss.
         step_grad = step_grad - args.anchor_coef * anchor_shares(owner, lengths, is_tie)
         weight = torch.zeros(len(mb_steps), dtype=torch.double)
-        weight = weight.index_add(0, place, step_grad).float().to(device)
+        weight = weight.index_add(0, row, step_grad).float().to(device)
         optimizer.zero_grad()
         own_steps = mb_steps[rank::world_size].split(args.chunk_size)
         own_weights = weight[rank::world_size].split(args.chunk_size)
@@ -1119,8 +1149,8 @@ def main(args: Args) -> None:  # noqa: C901, PLR0915
         # ---- log ----
         margins = (chosen_rewards - rejected_rewards).detach()
         # log pi of each segment, (2P,), and how far it is from the reference
-        logp = segment_means(new_logprobs.double()[place], owner, lengths)
-        shift = segment_means(logratio[place], owner, lengths)
+        logp = segment_means(new_logprobs.double()[row], owner, lengths)
+        shift = segment_means(logratio[row], owner, lengths)
         scalars = {
             "losses/tpo_loss": losses.mean().item(),
             "losses/grad_norm": grad_norm.item(),

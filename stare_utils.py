@@ -59,7 +59,7 @@ def stage_signals(
     stage_table: the K stages of a task. state: what the task reads off its simulator. success: (N,)
     bool. potential: the form of phi_k, see `stage_potential`.
     across: "offset" is Phi = k + phi_k, and K at success, so that Phi never falls where a stage
-    ends. "bare" is the paper's phi_k alone, and 1 at success.
+    ends. "bare" is phi_k alone, as in the paper, and 1 at success.
 
     Returns `stage` (N,) long in 0..K, `stage_distance` (N,) d_k of that stage (0 at success),
     `distances` (N, K) d_k of every stage, and `potential` (N,) Phi.

@@ -53,6 +53,7 @@ METHODS = (
     "PPO",
     "PPO-dense",
     "STA-PPO",
+    "STA-PPO-gain",
     "SFT-TPO-PPO",
     "IPI",
     "IPI-sum",
@@ -110,6 +111,7 @@ COMPARED = {
     "STA-TPO-sum5": ["SFT", "STA-TPO"],
     "PPO": ["SFT"],
     "STA-PPO": ["SFT", "PPO", "PPO-dense"],
+    "STA-PPO-gain": ["SFT", "PPO"],
     "SFT-TPO-PPO": ["TPO"],
     "IPI": ["SFT", "STA-TPO", "PPO", "STA-PPO", "SFT-TPO-PPO"],
     "IPI-sum": ["SFT", "STA-TPO-sum", "PPO", "STA-PPO", "IPI"],
@@ -127,7 +129,7 @@ BETWEEN = (
 )
 # the panels of docs/summary.svg: title -> pairs of methods, whose second minus first is drawn
 PANELS = {
-    "Stage reward: STA-PPO minus PPO": [("PPO", "STA-PPO")],
+    "Stage reward: STA-PPO minus PPO": [("PPO", "STA-PPO"), ("PPO", "STA-PPO-gain")],
     "All three steps: IPI minus PPO": [("PPO", "IPI-sum"), ("PPO", "IPI-sum5"), ("PPO", "IPI")],
     "Preference step: STA-TPO minus SFT": [
         ("SFT", "STA-TPO-sum"),
@@ -154,6 +156,7 @@ SETTINGS = {
     "lambda-0.5": "lambda 0.5",
     "gentle": "lambda 0.5, small rate",
     "clean": "small rate",
+    "deciding": "gain, from 20 demonstrations",
 }
 COSTS = {
     "STA-TPO": "mean cost",

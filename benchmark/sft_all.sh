@@ -14,8 +14,8 @@ for SEED in ${SEEDS:-1 2 3}; do
   for ENV_ID in ${*:-$ALL}; do
     RUN=runs/${ENV_ID}__sft__${SEED}__200
     [ -f "$RUN/results.json" ] && continue
-    .venv/bin/python sft.py --env-id "$ENV_ID" --seed "$SEED" --vla tiny --output-dir "$RUN" --resume \
-      --num-demos 200 --demo-speed 0.6 --demo-pause 0 --num-updates 1000 --num-eval-episodes 0
+    .venv/bin/python sft.py --env-id "$ENV_ID" --seed "$SEED" --vla tiny --image-shift 0 \
+      --output-dir "$RUN" --resume --num-demos 200 --demo-speed 0.6 --demo-pause 0 --num-updates 1000 --num-eval-episodes 0
     .venv/bin/python eval.py --checkpoint "$RUN" --num-eval-episodes 100 --capture-video
   done
 done

@@ -54,7 +54,7 @@ imitate() {
   # The hardest two.
   case $ENV_ID in PegInsertionSide-v1 | PutEggplant*) demos=200 ;; esac
   SEED=1
-  # The shipped policies have seen more demonstrations, and slower ones.
+  # Most shipped policies have seen more demonstrations, and slower ones.
   SFT=$(of SFT)
   train SFT sft.py --num-demos "${DEMOS:-$demos}" ${SFT_FLAGS:-}
 }

@@ -43,7 +43,7 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
     except Exception as error:
         raise UserError(
             f"cannot write {path} ({error}): mend that (imageio-ffmpeg, or the disk), then give "
-            "this command again with --output-dir and --resume"
+            "this command again with --output-dir, --resume and an empty --export-pairs folder"
         ) from None
 
 

@@ -201,9 +201,11 @@ def test_a_tree_comes_back_from_its_files(trees, tmp_path):
 def test_other_roll_outs_are_not_mixed_with_branches(checkpoint, tmp_path):
     (tmp_path / "source.txt").write_text(
         f"{checkpoint / 'checkpoint'}\n\nPickCube-v1\n--branch with --rollouts-per-state 8"
+        " --branch-patience 2.0"
     )
     flags = ("--checkpoint", checkpoint, "--resume", "--output-dir", tmp_path, "--no-cuda")
-    for more in ((), ("--branch", "--rollouts-per-state", 4)):
+    patient = ("--branch", "--rollouts-per-state", 8, "--branch-patience", 4)
+    for more in ((), ("--branch", "--rollouts-per-state", 4), patient):
         with pytest.raises(UserError, match="were sampled --branch with --rollouts-per-state 8"):
             call(sta_tpo, *flags, *more)
 

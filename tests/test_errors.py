@@ -118,6 +118,17 @@ def test_stages_that_cannot_be_silent(words, args, checkpoint, refuses):
     refuses("sta_ppo", words, "--checkpoint", checkpoint, *args)
 
 
+@pytest.mark.parametrize(
+    ("words", "args"),
+    [
+        ("--no-stage-aware uses no stages", ["--no-stage-aware", "--stage-source", "learned"]),
+        ("--export-pairs needs whole roll-outs", ["--branch", "--export-pairs", "pairs"]),
+    ],
+)
+def test_flags_of_preferences_that_do_not_go_together(words, args, checkpoint, refuses):
+    refuses("sta_tpo", words, "--checkpoint", checkpoint, *args)
+
+
 def bridge_checkpoint(copy):
     """A checkpoint that says that it knows SimplerEnv's carrot."""
     config = json.loads((copy / "config.json").read_text())
@@ -292,6 +303,7 @@ def test_sizes_that_do_not_divide(checkpoint, refuses):
         ("sft", "--learning-rate", -1e-3),
         ("sft", "--demo-noise", -0.1),
         ("sta_tpo", "--beta", -5.0),
+        ("sta_tpo", "--beta", 0),
         ("sta_tpo", "--cost-margin", -1.0),
         ("sta_ppo", "--max-grad-norm", -1.0),
         ("sta_ppo", "--clip-coef", -0.2),

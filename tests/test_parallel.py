@@ -57,7 +57,7 @@ def test_sft_steps_like_one_process_with_the_doubled_batch(tmp_path):
 
 @pytest.mark.slow
 def test_sta_tpo_steps_like_one_process_with_the_doubled_batch(checkpoint, tmp_path):
-    init_seeds = np.random.default_rng(1).choice(TRAIN_SEEDS, 2, replace=False)
+    init_seeds = np.random.default_rng(1).integers(TRAIN_SEEDS, size=2)
     for run in ("one", "two"):
         folder = tmp_path / run / "rollouts"
         folder.mkdir(parents=True)

@@ -341,7 +341,8 @@ def test_pairs_of_the_learned_separator_know_no_distance(tpo, monkeypatch):
     for rollout in ROLLOUTS:
         monkeypatch.setitem(rollout, "stage", rollout["stage"].clone())
         monkeypatch.setitem(rollout, "distance", rollout["distance"].clone())
-    run = tpo("--stage-source", "learned")
+    # Roll-outs are longer than a chunk.
+    run = tpo("--stage-source", "learned", "--chunk-size", 4)
     source = Path((run / "source.txt").read_text().split()[0])
     folder, separator = centred_separator(source, "PickCube-v1", CPU)
     model, processor, _ = load_policy(folder, CPU)

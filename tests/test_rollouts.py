@@ -696,6 +696,19 @@ def test_processes_share_the_rollouts(tmp_path, monkeypatch):
     assert seen == [3]
 
 
+def test_more_initial_states_begin_with_the_same_ones():
+    few = sta_tpo.rollout_jobs(sta_tpo.Args(num_initial_states=3, rollouts_per_state=2))
+    more = sta_tpo.rollout_jobs(sta_tpo.Args(num_initial_states=50, rollouts_per_state=2))
+    assert more[:6] == few
+    assert len(set(more)) == 100 and max(seed for seed, _ in more) < TRAIN_SEEDS
+
+
+def test_verdicts_need_the_roll_outs_that_were_judged(tmp_path):
+    args = sta_tpo.Args(num_initial_states=2, rollouts_per_state=2, preferences="pairs.jsonl")
+    with pytest.raises(UserError, match="lacks roll-outs that were judged"):
+        sta_tpo.collect_rollouts(tmp_path / "rollouts", None, None, None, 128, args)
+
+
 # ---- demonstrations ----
 def read_arrays(path, i: int, *names: str) -> dict[str, np.ndarray]:
     """The arrays of a file's demonstration i."""

@@ -171,7 +171,7 @@ COLOUR_ONLY_EDITS = (
 def light_shaders(folder: Path, segmentation: bool) -> None:
     """Copies SAPIEN's shaders, and makes those cheaper that draw the pictures of a policy.
 
-    The pixels are the same, unless something is half transparent.
+    Pixels differ by at most one grey level, unless something is half transparent.
     segmentation: draw the segmentation too.
     Raises AssertionError if SAPIEN's shaders are not those that the edits were written for.
     """
