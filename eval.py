@@ -31,10 +31,11 @@ import torch
 import tyro
 
 import vla
-from plumbing.card import CARD_NAME, model_card
+from plumbing.card import CARD_NAME, can_have_card, model_card
 from plumbing.checkpoint import (
     check_instructions,
     command_line,
+    fingerprint,
     given_policy,
     load_policy,
     load_separator,
@@ -43,6 +44,7 @@ from plumbing.checkpoint import (
 )
 from plumbing.page import write_page
 from plumbing.report import (
+    check_same_episodes,
     check_writable,
     draw,
     if_possible,
@@ -423,8 +425,13 @@ def words_for(env_id: str, instruction: str, instruction_set: str) -> tuple[str,
     return ()
 
 
-def check_task(model, processor, env_id, unnorm_key, words, ood, full_meshes) -> None:
+def check_task(model, processor, env_id, unnorm_key, words, ood, backend, full_meshes) -> None:
     """Raises UserError where the policy cannot be evaluated on a task with these flags."""
+    if backend == "cuda" and ood in ("camera", "lighting"):
+        raise UserError(
+            f"--ood {ood}: GPU simulation builds a scene once, so all episodes would have the same "
+            "one; leave out --backend cuda"
+        )
     check_world(env_id, full_meshes)
     task_stats(model, env_id, unnorm_key)
     if ood == "camera" and not get_task(env_id).views:
@@ -440,6 +447,7 @@ def separator_of(folder: Path, trained: dict, env_id: str, device: torch.device)
 
     trained: the checkpoint's args.json.
     """
+    # The separator tells the stages of the tasks that it was trained on.
     known = env_id in trained.get("env_id", "").split(",")
     if not known or not (folder / "separator.safetensors").exists():
         return None
@@ -475,13 +483,13 @@ def file_suffix(env_id: str, ood: str, instruction: str, words: tuple[str, ...])
     return "".join(f"_{kind}" for kind in kinds)
 
 
-def describe(means, env_id, trained, method, ood, words, commit, seconds) -> dict:
+def describe(args: Args, means, env_id, trained, words, commit, seconds) -> dict:
     """A result: what evaluate returned, behind the policy and the conditions that gave it.
 
     trained: the checkpoint's args.json. words: the instructions given. seconds: it took.
     """
     return {
-        "method": method or trained.get("method", ""),
+        "method": args.method or trained.get("method", ""),
         "env_id": env_id,
         # The seed, the env steps and the time are those of the training.
         "seed": trained.get("seed"),
@@ -489,7 +497,9 @@ def describe(means, env_id, trained, method, ood, words, commit, seconds) -> dic
         "env_steps": trained.get("env_steps"),
         "wall_s": trained.get("wall_s"),
         "eval_wall_s": round(seconds, 1),
-        "ood": ood,
+        "ood": args.ood,
+        "backend": args.backend,
+        "num_envs": args.num_envs,
         "instructions": words,
         "commit": commit,
         "command": command_line(),
@@ -506,6 +516,9 @@ def report(output: Path, suffix: str, result: dict, trained: dict, films: list, 
     results = output / f"results{suffix}.json"
     page = output / f"report{suffix}.html"
     video = output / f"video{suffix}.mp4"
+    # An evaluation with another seed or length has the same name.
+    if results.exists():
+        print(f"{results} of an earlier evaluation is replaced")
     # The numbers come first, because the disk may fill up, or nobody may read what is printed.
     write_text(results, json.dumps(result))
     table = result_table([result])
@@ -522,7 +535,10 @@ def report(output: Path, suffix: str, result: dict, trained: dict, films: list, 
 def main(args: Args) -> None:
     # ---- check ----
     if args.compare:
-        print(result_table([read_results(path) for path in args.compare]))
+        results = [read_results(path) for path in args.compare]
+        # Rows are paired by seed, so a seed must stand for the same episode in all results.
+        check_same_episodes(results)
+        print(result_table(results))
         return
     if args.vla and not (args.env_id and args.output_dir):
         raise UserError("--vla needs --env-id, and --output-dir for the results")
@@ -532,7 +548,9 @@ def main(args: Args) -> None:
             "--checkpoint is missing: give the folder that sft.py, sta_tpo.py or sta_ppo.py wrote"
         )
     check_numbers(asdict(args), {"num_eval_episodes": 1, "num_envs": 1})
-    choose_renderer(args.render)
+    choose_renderer(args.render, args.backend)
+    if args.instruction and args.instruction_set != "train":
+        raise UserError("--instruction and --instruction-set exclude each other: leave one out")
 
     # ---- load ----
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -545,8 +563,19 @@ def main(args: Args) -> None:
     texts = {}
     for env_id in tasks:
         words = words_for(env_id, args.instruction, args.instruction_set)
-        check_task(model, processor, env_id, args.unnorm_key, words, args.ood, args.full_meshes)
+        check_task(
+            model,
+            processor,
+            env_id,
+            args.unnorm_key,
+            words,
+            args.ood,
+            args.backend,
+            args.full_meshes,
+        )
         texts[env_id] = words
+    # A run that trains on may put another checkpoint here during the evaluation.
+    loaded = fingerprint(folder)
     # A published OpenVLA has no args.json.
     trained = read_settings(folder) if (folder / "args.json").exists() else {}
 
@@ -578,12 +607,11 @@ def main(args: Args) -> None:
             separator=separator_of(folder, trained, env_id, device),
         )
         seconds = time.time() - start
-        result = describe(
-            means, env_id, trained, args.method, args.ood, texts[env_id], commit, seconds
-        )
+        result = describe(args, means, env_id, trained, texts[env_id], commit, seconds)
         report(output, suffix, result, trained, films, run)
         # The card of a run's own checkpoint says how good it is, under the training conditions.
-        if trained and output == folder.parent and not suffix:
+        is_own = output == folder.parent and not suffix
+        if is_own and can_have_card(trained) and fingerprint(folder) == loaded:
             card = model_card(trained, model.config, success_line(result))
             write_text(folder / CARD_NAME, card)
 

@@ -64,6 +64,8 @@ from world.tasks import TASKS, UserError, env_ids
 
 LOG_FREQ = 50  # updates between two rows of the log
 BASE = Path(__file__).parent / "checkpoints/base"  # benchmark/base.py makes it
+# Flags that say how the expert's demonstrations are made.
+RECORDING = ("demo_speed", "demo_noise", "demo_slip", "demo_pause", "demo_twist")
 METRICS = ("ce", "aux", "token_accuracy", "action_l1", "stage_accuracy", "grad_norm")
 
 
@@ -149,6 +151,10 @@ class Args:
     """optimiser steps between checkpoints"""
     num_eval_episodes: int = 16
     """episodes of the evaluation at the end; 0 leaves it out"""
+
+    # to be filled in at run time
+    processes: int = 1
+    """processes of a `torchrun` job, each with its own --batch-size (computed)"""
 
 
 def action_logprob(model, inputs: dict, bins: torch.Tensor, active: torch.Tensor):
@@ -354,10 +360,11 @@ def flatten(demos: list, all_stats: list[dict], n_bins: int) -> Frames:
 
 
 # ---- set-up ----
-def check_args(args: Args) -> list[str]:
-    """Checks the arguments and returns the env ids."""
+def check_args(args: Args, world_size: int) -> list[str]:
+    """Checks the arguments, fills in the computed one, and returns the env ids."""
     ids = env_ids(args.env_id)
     args.env_id = ",".join(ids)
+    args.processes = world_size
     # The smallest values allowed. All other numbers may be 0, but not negative.
     least = {
         "num_envs": 1,
@@ -368,8 +375,12 @@ def check_args(args: Args) -> list[str]:
         "save_freq": 1,
     }
     check_numbers(asdict(args), least)
-    choose_renderer(args.render)
+    choose_renderer(args.render, args.backend)
     paths = demo_paths(args.demo_path)
+    for name in RECORDING:
+        if paths and getattr(args, name) != getattr(Args, name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is for new demonstrations: leave it or --demo-path out")
     if paths and len(paths) != len(ids):
         raise UserError(
             f"--demo-path names {len(paths)} files for {len(ids)} tasks: "
@@ -467,9 +478,9 @@ def log_evaluation(args: Args, run: Run, model, processor, ids: list[str], step:
 def main(args: Args) -> None:  # noqa: PLR0915
     # ---- set-up: check the arguments ----
     rank, world_size, device = parallel.join(args.cuda)
-    ids = check_args(args)
+    ids = check_args(args, world_size)
     run = Run("sft", args.output_dir, args.resume, rank)
-    for name in ("env_id", "lora_rank", "vla", "seed"):
+    for name in ("env_id", "lora_rank", "vla", "seed", "processes"):
         run.check_same(name, name, getattr(args, name))
 
     # ---- set-up: load ----

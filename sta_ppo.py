@@ -598,7 +598,7 @@ def check_args(args: Args, world_size: int) -> Task:
         "shaping_weight": -math.inf,
     }
     check_numbers(asdict(args), least)
-    choose_renderer(args.render)
+    choose_renderer(args.render, args.backend)
     args.num_moved = round(args.stage_resets * args.num_envs)
     check_stage_args(args, task)
     # The advantage of a single step has no deviation to normalise by.

@@ -42,6 +42,12 @@ actions = model.predict_action(unnorm_key="{env_id}", **inputs)  # (B, 7), greed
 """
 
 
+def can_have_card(settings: dict) -> bool:
+    """Whether a checkpoint's args.json is of a script here, and not a stranger's or missing."""
+    known = set(str(settings.get("env_id")).split(",")) <= TASKS.keys()
+    return known and "command" in settings
+
+
 def model_card(settings: dict, config, success: str) -> str:
     """The text of the card.
 

@@ -131,9 +131,14 @@ def recover(run: Path) -> None:
     if not old.exists():
         return
     # A run that died between the two renames of a save has no checkpoint.
-    if not current.exists() or damage(current):
-        print(f"{current} is missing or damaged: going on from the one before")
-        shutil.rmtree(current, ignore_errors=True)
+    if not current.exists():
+        print(f"{current} is missing: going on from the one before")
+        old.rename(current)
+    elif damage(current) and not damage(old):
+        kept = run / "checkpoint.damaged"
+        print(f"{current} is damaged: going on from the one before. It is kept as {kept}")
+        shutil.rmtree(kept, ignore_errors=True)
+        current.rename(kept)
         old.rename(current)
 
 

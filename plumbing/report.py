@@ -252,6 +252,23 @@ def result_table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def check_same_episodes(results: list[dict]) -> None:
+    """Raises UserError where the same seed may stand for different episodes.
+
+    GPU simulation draws a whole batch of episodes from its first seed.
+    """
+    kinds = set()
+    for result in results:
+        # Older results are of a CPU, where a seed decides its episode.
+        on_gpu = result.get("backend") == "cuda"
+        kinds.add(("cuda", result["num_envs"]) if on_gpu else ("cpu", 0))
+    if len(kinds) > 1:
+        raise UserError(
+            "a seed stands for other episodes in GPU simulation: evaluate all policies with the "
+            "same --backend and --num-envs"
+        )
+
+
 # ---- files ----
 def read_results(path: str) -> dict:
     """A results.json of eval.py. Raises UserError on anything else."""

@@ -14,7 +14,7 @@ from conftest import ROOT, call
 import eval as evaluation
 import vla
 from benchmark import ship
-from plumbing.card import model_card
+from plumbing.card import can_have_card, model_card
 from plumbing.checkpoint import damage, load_policy, save_checkpoint
 from world.tasks import UserError
 
@@ -161,6 +161,24 @@ def test_an_evaluation_writes_the_success_on_the_card(policy):
     assert "of 2 greedy episodes of PickCube-v1" in card.read_text()
     # The card belongs to no checksum, so the checkpoint is whole.
     load_policy(folder, CPU)
+
+
+def test_a_card_is_written_of_our_own_and_unchanged_checkpoints_alone(policy, monkeypatch):
+    folder = policy[0]
+    card = folder / "checkpoint/README.md"
+    before = card.read_text()
+    flags = ("--checkpoint", folder, "--num-eval-episodes", 3, "--num-envs", 3, "--no-cuda")
+    # Another checkpoint is saved during the evaluation.
+    fingerprints = iter(["1", "2"])
+    monkeypatch.setattr(evaluation, "fingerprint", lambda folder: next(fingerprints))
+    call(evaluation, *flags)
+    assert card.read_text() == before
+    monkeypatch.undo()
+    # A stranger's args.json may say anything.
+    for settings in ({"lr": 1e-4}, {"env_id": "NoTask-v0", "command": ""}, {"env_id": 3}):
+        assert not can_have_card(settings)
+    settings = {"env_id": "PickCube-v1,PushCube-v1", "command": "python sft.py"}
+    assert can_have_card(settings)
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)

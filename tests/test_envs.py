@@ -522,6 +522,27 @@ def test_render_chooses_where_pictures_are_drawn(has_gpu, render, on_gpu, monkey
     assert ("lvp" in os.environ.get("VK_ICD_FILENAMES", "")) != on_gpu
 
 
+def test_the_flag_counts_more_than_the_variable(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("VK_ICD_FILENAMES", "/etc/vulkan/icd.d/nvidia_icd.json")
+    choose_renderer("gpu")
+    assert draws_on_gpu()
+    choose_renderer("cpu")
+    assert not draws_on_gpu() and "lvp" in os.environ["VK_ICD_FILENAMES"]
+    with pytest.raises(UserError, match="VK_ICD_FILENAMES names Mesa's"):
+        choose_renderer("gpu")
+
+
+def test_a_process_without_a_gpu_of_its_own_shares_one(monkeypatch):
+    monkeypatch.setattr(world.envs, "draws_on_gpu", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for count, device in ((1, 0), (2, 0), (3, 2)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        options = world.envs.simulator_options(TASK, "cpu", True, "sparse", True, 128)
+        assert options["render_backend"] == f"cuda_cpu:{device}"
+
+
 def test_a_renderer_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(UserError, match="--render cpu"):
         choose_renderer("gpu")

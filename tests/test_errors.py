@@ -13,6 +13,7 @@ import sta_ppo
 import sta_tpo
 from plumbing.checkpoint import fingerprint, write_state
 from plumbing.folders import find_checkpoint
+from plumbing.report import check_same_episodes
 from plumbing.run import one_line_errors
 from world.tasks import TASKS, UserError
 from world.vector import make_envs
@@ -334,6 +335,33 @@ def test_what_is_not_here_is_said_before_anything_is_made(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     words = " ".join([*flags, "needs"])
     refuses(script, words, *start(script, checkpoint), *flags)
+
+
+def test_conditions_that_do_not_go_together(checkpoint, refuses, tmp_path, monkeypatch):
+    given = ("--checkpoint", checkpoint)
+    words = ("--instruction", "lift it", "--instruction-set", "paraphrase")
+    refuses("eval", "exclude each other", *given, *words)
+    demos = write_demos(tmp_path / "demos.h5")
+    for flag in ("--demo-speed", "--demo-pause"):
+        refuses("sft", f"{flag} is for new", "--demo-path", demos, flag, 0.5)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for script in ("sft", "sta_ppo", "eval"):
+        flags = ("--backend", "cuda", "--render", "cpu")
+        refuses(script, "leave out --render cpu", *start(script, checkpoint), *flags)
+    # A scene is built once there, with one camera and one lamp.
+    for kind in ("camera", "lighting"):
+        with pytest.raises(UserError, match="leave out --backend cuda"):
+            evaluation.check_task(None, None, "PickCube-v1", "", (), kind, "cuda", False)
+
+
+def test_results_of_gpu_simulation_are_compared_with_their_like_alone():
+    cpu = {"backend": "cpu", "num_envs": 8}
+    gpu = {"backend": "cuda", "num_envs": 8}
+    check_same_episodes([{}, cpu, {**cpu, "num_envs": 4}])
+    check_same_episodes([gpu, gpu])
+    for other in (cpu, {}, {**gpu, "num_envs": 16}):
+        with pytest.raises(UserError, match="the same --backend and --num-envs"):
+            check_same_episodes([gpu, other])
 
 
 def test_results_that_cannot_be_compared(tmp_path, refuses):

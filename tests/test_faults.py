@@ -351,6 +351,23 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(name, spoil,
         resumed_step(two_saves)
 
 
+def test_a_damaged_checkpoint_is_kept_and_gives_way_to_a_whole_one_alone(two_saves, capsys):
+    edited = two_saves / "checkpoint/args.json"
+    edited.write_text(edited.read_text() + " ")
+    content = edited.read_bytes()
+    shutil.copytree(two_saves / "checkpoint.old", two_saves / "copy")
+    spoil_byte(two_saves / "checkpoint.old/model.safetensors")
+    # Neither is whole, so the newer one stays where it is.
+    with pytest.raises(UserError, match="damaged"):
+        resumed_step(two_saves)
+    assert edited.read_bytes() == content
+    shutil.rmtree(two_saves / "checkpoint.old")
+    (two_saves / "copy").rename(two_saves / "checkpoint.old")
+    assert resumed_step(two_saves) == 1
+    assert (two_saves / "checkpoint.damaged/args.json").read_bytes() == content
+    assert "checkpoint.damaged" in capsys.readouterr().out
+
+
 def test_nothing_in_a_checkpoint_is_unpickled():
     files = [file for room in (".", "world", "plumbing") for file in (ROOT / room).glob("*.py")]
     names = {file.name for file in files}

@@ -194,6 +194,15 @@ def test_demonstrations(tmp_path_factory, data):
         assert all(x.isfinite().all() for x in others)
 
 
+def test_what_is_not_spoilt_is_accepted(checkpoint, tmp_path):
+    """The tests here would pass if everything were refused."""
+    path = write_demos(tmp_path / "demos.h5")
+    assert len(read_demos(path, "PickCube-v1", 10, 128)[0]) > 0
+    with memory_limit(2**32):
+        model, _, _ = load_policy(str(checkpoint / "checkpoint"), torch.device("cpu"))
+        assert task_stats(model, "PickCube-v1")
+
+
 def read_pairs(path: Path) -> list[dict]:
     """The pairs of a pairs.jsonl, of four invented roll-outs from one initial state."""
     rollouts = invent_rollouts([11])

@@ -74,6 +74,10 @@ def test_sft_resumes(lora_rank, checkpoint, tmp_path, monkeypatch):
         call(sft, "--seed", 2, *rank, *start, *again)
     with pytest.raises(UserError, match="begun with vla = .*, not /another"):
         call(sft, *data, *rank, "--vla", "/another", *again)
+    # Two processes would see batches twice as large.
+    monkeypatch.setattr(sft.parallel, "join", lambda cuda: (0, 2, torch.device("cpu")))
+    with pytest.raises(UserError, match="begun with processes = 1, not 2"):
+        call(sft, *data, *rank, *start, *again)
 
 
 def test_sft_s_chunks_and_gradient_checkpointing_change_no_gradient(tmp_path):

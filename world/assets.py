@@ -472,23 +472,28 @@ def simplerenv_files(env_id: str, data: Path) -> list[Path]:
     return files
 
 
-def choose_renderer(render: str) -> None:
+def choose_renderer(render: str, backend: str = "cpu") -> None:
     """Chooses where pictures are drawn, before any env or env process is made.
 
     render: "gpu", or "cpu", which is Mesa's software driver. "auto" is the GPU if there is one.
-    Raises UserError if there is no such renderer.
+    backend: "cpu" or "cuda", where to simulate.
+    Raises UserError if there is no such renderer, or if the backend cannot use it.
     """
     has_gpu = torch.cuda.is_available()
     if render == "gpu" and not has_gpu:
         raise UserError("--render gpu: PyTorch finds no GPU here; use --render cpu")
+    if render == "gpu" and not draws_on_gpu():
+        raise UserError("--render gpu: VK_ICD_FILENAMES names Mesa's software driver; unset it")
+    if render == "cpu" and backend == "cuda":
+        raise UserError("--backend cuda draws on the GPU: leave out --render cpu")
     if render == "gpu" or (render == "auto" and has_gpu):
         return
     # Several drivers may be installed. This is Mesa's, which renders on the CPU.
     drivers = list(Path("/usr/share/vulkan/icd.d").glob(f"{SOFTWARE_DRIVER}*.json"))
     if render == "cpu" and not drivers:
         raise UserError("--render cpu: Mesa's software driver is not installed; run ./setup.sh")
-    for driver in drivers:
-        os.environ.setdefault("VK_ICD_FILENAMES", str(driver))
+    if drivers and not (render == "auto" and "VK_ICD_FILENAMES" in os.environ):
+        os.environ["VK_ICD_FILENAMES"] = str(drivers[0])
     # The driver draws in the process that asks, because the env processes are parallel already.
     os.environ.setdefault("LP_NUM_THREADS", "0")
 

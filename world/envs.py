@@ -65,8 +65,9 @@ def simulator_options(
     """Arguments of ManiSkill's env class. light: spare the renderer what no policy needs."""
     device = ""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        # Each process of a torchrun job has a GPU of its own.
-        device = f":{os.environ.get('LOCAL_RANK', 0)}"
+        # Each process of a torchrun job has a GPU of its own, if there are as many.
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = f":{local_rank % max(1, torch.cuda.device_count())}"
     options = {
         "sim_backend": f"physx_{backend}",
         "reward_mode": "none",
