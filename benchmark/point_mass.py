@@ -28,13 +28,10 @@ from world.tasks import TASKS, norm
 
 TASK = TASKS["PickCube-v1"]
 K = len(TASK.stages)
-NUM_ENVS = 64
 HORIZON = TASK.max_episode_steps
 # Metres: how far an action of 1 moves the tool.
 STEP = 0.05
-EVERY_ENV = slice(0, NUM_ENVS)
-# Env steps of a roll-out.
-BATCH = 2 * HORIZON * NUM_ENVS
+EVERY_ENV = slice(None)
 
 
 class PointMass:
@@ -214,7 +211,7 @@ def update(agent: Agent, optimizer: torch.optim.Adam, rows: list, args, train_po
     x, action = x.flatten(0, 1), action.flatten(0, 1)
     logprob, returns = logprob.flatten(), returns.flatten()
     for _ in range(4):
-        for mb in torch.randperm(BATCH).split(BATCH // 8):
+        for mb in torch.randperm(len(x)).split(len(x) // 8):
             logratio = agent.actions(x[mb]).log_prob(action[mb]).sum(1) - logprob[mb]
             policy_loss = sta_ppo.ppo_loss(logratio, advantage[mb], clip_coef=0.2)
             value_loss = 0.5 * (agent.values(x[mb]) - returns[mb]).square().mean()
@@ -231,16 +228,19 @@ def main(
     num_steps: int = 1_000_000,
     num_demos: int = 4,
     log_std: float = -1.4,
+    gae_lambda: float = 0.95,
+    num_envs: int = 64,
 ) -> None:
     """Prints success over the last 500 training episodes, from 4 demonstrations near 0 at first.
 
     log_std: of the sampled actions at first. exp(-1.4) is a quarter of the largest action.
+    num_envs: each plays two episodes between updates.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     sparse = stage_reward == "sparse"
     form = "shaping" if sparse else stage_reward
-    args = sta_ppo.Args(stage_reward=form, num_envs=NUM_ENVS, gamma=0.97, gae_lambda=0.95)
+    args = sta_ppo.Args(stage_reward=form, num_envs=num_envs, gamma=0.97, gae_lambda=gae_lambda)
     paying = sta_ppo.StageReward(args, TASK, 0.0 if sparse else 1 / K, torch.device("cpu"))
     agent = Agent(clone(num_demos), log_std)
     groups = [
@@ -248,17 +248,18 @@ def main(
         {"params": agent.critic.parameters(), "lr": 1e-3},
     ]
     optimizer = torch.optim.Adam(groups)
-    env = PointMass(NUM_ENVS)
+    env = PointMass(num_envs)
+    batch = 2 * HORIZON * num_envs
     recent = []
     steps = 0
     while steps < num_steps:
         rows, successes = roll_out(env, agent, paying)
         # Two roll-outs warm the critic up.
-        update(agent, optimizer, rows, args, train_policy=steps >= 2 * BATCH)
-        steps += BATCH
+        update(agent, optimizer, rows, args, train_policy=steps >= 2 * batch)
+        steps += batch
         recent = (recent + successes)[-500:]
         # Every eighth roll-out.
-        if steps % (8 * BATCH) == 0:
+        if steps % (8 * batch) == 0:
             share = sum(recent) / len(recent)
             print(f"{stage_reward} seed {seed} step {steps} success {share:.3f}", flush=True)
 
