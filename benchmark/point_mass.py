@@ -137,11 +137,14 @@ def clone(num_demos: int) -> nn.Sequential:
         labels.append(label[live])
         env.step(label + 0.1 * torch.randn_like(label))
         live &= ~env.signals()[2]
-    states = torch.cat(states)
-    labels = torch.cat(labels)
-    policy = network(states.shape[1], 4, 1.0)
+    return fit(torch.cat(states), torch.cat(labels), num_updates=300)
+
+
+def fit(states: torch.Tensor, labels: torch.Tensor, num_updates: int) -> nn.Sequential:
+    """A policy fitted to labels (S, A) at states (S, D)."""
+    policy = network(states.shape[1], labels.shape[1], 1.0)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
-    for _ in range(300):
+    for _ in range(num_updates):
         batch = torch.randint(len(states), (128,))
         loss = (policy(states[batch]) - labels[batch]).square().mean()
         optimizer.zero_grad()
@@ -156,7 +159,7 @@ class Agent(nn.Module):
     def __init__(self, policy: nn.Sequential, log_std: float):
         super().__init__()
         self.policy = policy
-        self.log_std = nn.Parameter(torch.full((4,), log_std))
+        self.log_std = nn.Parameter(torch.full((policy[-1].out_features,), log_std))
         self.critic = network(policy[0].in_features + 1, 1, 0.01)
 
     def actions(self, x: torch.Tensor) -> torch.distributions.Normal:
