@@ -21,6 +21,7 @@ from world.tasks import UserError
 CPU = torch.device("cpu")
 SHIPPED = sorted((ROOT / "checkpoints").glob("*__*"))
 LIST = (ROOT / "checkpoints/README.md").read_text()
+README = (ROOT / "README.md").read_text()
 INSTRUCTION = "pick up the red cube and move it to the green ball"
 # Acts with the Auto classes alone. It is given a folder and the packages that may be imported,
 # besides those that these need.
@@ -191,6 +192,14 @@ def test_what_is_shipped_is_whole_and_says_how_good_it_is(folder):
     card = (folder / "README.md").read_text()
     assert f"- Success: {row} greedy episodes of {folder.name.split('__')[0]} (" in card
     load_policy(folder, CPU)
+
+
+def test_the_front_page_says_what_the_list_of_policies_says():
+    sentence = re.search(r"Their success \(one seed each\): (.+?) %\.", README)[1]
+    pairs = re.findall(r"(\S+) ([\d.]+)(?:, |$)", sentence)
+    assert len(pairs) == 5
+    for env_id, success in pairs:
+        assert re.search(rf"^\| `{env_id}__sft` .*\| {success} % \[", LIST, re.M), env_id
 
 
 def test_a_shipped_policy_is_the_evaluated_one_without_its_training_state(checkpoint, tmp_path):
