@@ -481,6 +481,7 @@ def test_a_gpu_draws_into_the_memory_of_the_env_process(local_rank, monkeypatch)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("VK_ICD_FILENAMES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(sapien, "Device", device)
     monkeypatch.setattr(world.envs, "scene_class", lambda *args: ask)
     expected = "cuda"
