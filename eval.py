@@ -425,13 +425,8 @@ def words_for(env_id: str, instruction: str, instruction_set: str) -> tuple[str,
     return ()
 
 
-def check_task(model, processor, env_id, unnorm_key, words, ood, backend, full_meshes) -> None:
+def check_task(model, processor, env_id, unnorm_key, words, ood, full_meshes) -> None:
     """Raises UserError where the policy cannot be evaluated on a task with these flags."""
-    if backend == "cuda" and ood in ("camera", "lighting"):
-        raise UserError(
-            f"--ood {ood}: GPU simulation builds a scene once, so all episodes would have the same "
-            "one; leave out --backend cuda"
-        )
     check_world(env_id, full_meshes)
     task_stats(model, env_id, unnorm_key)
     if ood == "camera" and not get_task(env_id).views:
@@ -551,6 +546,11 @@ def main(args: Args) -> None:
     choose_renderer(args.render, args.backend)
     if args.instruction and args.instruction_set != "train":
         raise UserError("--instruction and --instruction-set exclude each other: leave one out")
+    if args.backend == "cuda" and args.ood in ("camera", "lighting"):
+        raise UserError(
+            f"--ood {args.ood}: GPU simulation builds a scene once, so all episodes would have the "
+            "same one; leave out --backend cuda"
+        )
 
     # ---- load ----
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -563,16 +563,7 @@ def main(args: Args) -> None:
     texts = {}
     for env_id in tasks:
         words = words_for(env_id, args.instruction, args.instruction_set)
-        check_task(
-            model,
-            processor,
-            env_id,
-            args.unnorm_key,
-            words,
-            args.ood,
-            args.backend,
-            args.full_meshes,
-        )
+        check_task(model, processor, env_id, args.unnorm_key, words, args.ood, args.full_meshes)
         texts[env_id] = words
     # A run that trains on may put another checkpoint here during the evaluation.
     loaded = fingerprint(folder)

@@ -876,8 +876,6 @@ def check_args(args: Args) -> Task:
             "--export-pairs needs whole roll-outs, because the frame in which a branch completes "
             "its stage is not kept: leave out --branch"
         )
-    if not args.beta:
-        raise UserError("--beta 0 makes every gradient 0, so nothing would be learned")
     if args.cost_coef is None:
         args.cost_coef = 0.01 if args.cost == "sum" else 0.1
     # A person judged the roll-outs of one run, so the verdicts go with its folder.

@@ -129,7 +129,7 @@ BETWEEN = (
 )
 # the panels of docs/summary.svg: title -> pairs of methods, whose second minus first is drawn
 PANELS = {
-    "Stage reward: STA-PPO minus PPO": [("PPO", "STA-PPO"), ("PPO", "STA-PPO-gain")],
+    "Stage reward: STA-PPO minus PPO": [("PPO", "STA-PPO")],
     "All three steps: IPI minus PPO": [("PPO", "IPI-sum"), ("PPO", "IPI-sum5"), ("PPO", "IPI")],
     "Preference step: STA-TPO minus SFT": [
         ("SFT", "STA-TPO-sum"),
@@ -156,7 +156,6 @@ SETTINGS = {
     "lambda-0.5": "lambda 0.5",
     "gentle": "lambda 0.5, small rate",
     "clean": "small rate",
-    "deciding": "gain, from 20 demonstrations",
 }
 COSTS = {
     "STA-TPO": "mean cost",

@@ -24,7 +24,7 @@ from torch import nn
 
 import sta_ppo
 from stare_utils import stage_signals
-from world.tasks import TASKS, norm
+from world.tasks import TASKS, Task, norm
 
 TASK = TASKS["PickCube-v1"]
 K = len(TASK.stages)
@@ -171,6 +171,28 @@ class Agent(nn.Module):
         return self.critic(x)[:, 0]
 
 
+def build_optimizer(agent: Agent) -> torch.optim.Adam:
+    """Adam with two groups: the policy, and the critic with its own learning rate."""
+    groups = [
+        {"params": [*agent.policy.parameters(), agent.log_std], "lr": 1e-4},
+        {"params": agent.critic.parameters(), "lr": 1e-3},
+    ]
+    return torch.optim.Adam(groups)
+
+
+def rewards(
+    form: str, task: Task, num_envs: int, gae_lambda: float
+) -> tuple[sta_ppo.Args, sta_ppo.StageReward]:
+    """sta_ppo.py's arguments and stage reward. form: of --stage-reward, or "sparse"."""
+    weight = 1 / len(task.stages)
+    if form == "sparse":
+        # With weight 0 every form pays nothing.
+        form = "shaping"
+        weight = 0.0
+    args = sta_ppo.Args(stage_reward=form, num_envs=num_envs, gamma=0.97, gae_lambda=gae_lambda)
+    return args, sta_ppo.StageReward(args, task, weight, torch.device("cpu"))
+
+
 @torch.no_grad()
 def roll_out(env: PointMass, agent: Agent, stage_reward: sta_ppo.StageReward) -> tuple:
     """Two episodes' steps of each env. Returns (T, N, ...) tensors and the successes."""
@@ -241,16 +263,9 @@ def main(
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    sparse = stage_reward == "sparse"
-    form = "shaping" if sparse else stage_reward
-    args = sta_ppo.Args(stage_reward=form, num_envs=num_envs, gamma=0.97, gae_lambda=gae_lambda)
-    paying = sta_ppo.StageReward(args, TASK, 0.0 if sparse else 1 / K, torch.device("cpu"))
+    args, paying = rewards(stage_reward, TASK, num_envs, gae_lambda)
     agent = Agent(clone(num_demos), log_std)
-    groups = [
-        {"params": [*agent.policy.parameters(), agent.log_std], "lr": 1e-4},
-        {"params": agent.critic.parameters(), "lr": 1e-3},
-    ]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = build_optimizer(agent)
     env = PointMass(num_envs)
     batch = 2 * HORIZON * num_envs
     recent = []

@@ -2,8 +2,8 @@
 
     python benchmark/state_policy.py --env-id StackCube-v1 --stage-reward gain --seed 1
 
-Without pictures an env step costs a tenth, and the policy need not learn to see. So the forms of
-the stage reward can be compared over hundreds of thousands of env steps on a CPU. Task, horizon,
+Without pictures an env step takes less time, and the policy need not learn to see. So the forms of
+the stage reward can be compared over more env steps on a CPU. Task, horizon,
 stages, stage reward, advantages and loss are those of sta_ppo.py. The policy is cloned from a few
 episodes of the scripted expert. It is no vision-language-action model: LOG.md has the results.
 Letters: T steps of a roll-out, N envs, D numbers of an observation, A numbers of an action.
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import tyro
-from point_mass import Agent, fit, update
+from point_mass import EVERY_ENV, Agent, build_optimizer, fit, rewards, update
 
 import sta_ppo
 from world.demos import ClumsyExpert
@@ -29,7 +29,6 @@ from world.tasks import TRAIN_SEEDS, get_task
 from world.vector import ScriptedExpert, make_envs
 
 T = 100
-EVERY_ENV = slice(None)
 
 
 def see(obs: dict, info: dict) -> torch.Tensor:
@@ -69,9 +68,9 @@ class Rollout:
         self.stage_reward = stage_reward
         self.stage_of = sta_ppo.RuleStages(envs.task.stages, "", torch.device("cpu"))
         self.obs, self.info = envs.reset(seed=seed)
-        self.stage, self.phi = self.stage_of(self.obs, self.info)
+        stage, self.phi = self.stage_of(self.obs, self.info)
         every = torch.ones(envs.num_envs, dtype=torch.bool)
-        stage_reward.begin(EVERY_ENV, every, self.stage)
+        stage_reward.begin(EVERY_ENV, every, stage)
 
     def see(self, obs: dict, info: dict) -> torch.Tensor:
         """(N, D + 1): the observation and the critic's time."""
@@ -92,6 +91,7 @@ class Rollout:
             stage, phi = self.stage_of(obs, info)
             next_stage, next_phi = sta_ppo.true_next(stage, phi, info, self.stage_of)
             done = success | truncated
+            # The true next state of an ended episode is its final observation.
             next_x = self.see(obs, info)
             if done.any():
                 final = self.see(info["final_obs"], info["final_info"])
@@ -106,7 +106,9 @@ class Rollout:
             rows.append(
                 (x, action, logprob, value, env_reward + paid, next_value, terminated, done)
             )
-            self.obs, self.info, self.stage, self.phi = obs, info, stage, phi
+            self.obs = obs
+            self.info = info
+            self.phi = phi
         return [torch.stack(column) for column in zip(*rows)], completed
 
 
@@ -126,20 +128,11 @@ def main(
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    task = get_task(env_id)
-    sparse = stage_reward == "sparse"
-    form = "shaping" if sparse else stage_reward
-    args = sta_ppo.Args(stage_reward=form, num_envs=num_envs, gamma=0.97, gae_lambda=gae_lambda)
-    weight = 0.0 if sparse else 1 / len(task.stages)
-    paying = sta_ppo.StageReward(args, task, weight, torch.device("cpu"))
+    args, paying = rewards(stage_reward, get_task(env_id), num_envs, gae_lambda)
     envs = make_envs(env_id, num_envs, 0, render=False)
     states, labels = demonstrations(envs, num_demos, seed)
     agent = Agent(fit(states, labels, num_updates=2000), log_std)
-    groups = [
-        {"params": [*agent.policy.parameters(), agent.log_std], "lr": 1e-4},
-        {"params": agent.critic.parameters(), "lr": 1e-3},
-    ]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = build_optimizer(agent)
     rollout = Rollout(envs, agent, paying, seed * 1_000_003 % TRAIN_SEEDS)
     recent = []
     batch = T * num_envs

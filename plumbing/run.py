@@ -235,8 +235,10 @@ def check_numbers(given: dict, least: dict[str, float]) -> None:
             raise UserError(f"--{flag} must be a finite number, at least {smallest}, not {value}")
         if name in SHARES and value > 1:
             raise UserError(f"--{flag} must be at most 1, not {value}")
-    if given.get("max_grad_norm") == 0:
-        raise UserError("--max-grad-norm 0 makes every gradient 0, so nothing would be learned")
+    for name in ("max_grad_norm", "beta"):
+        if given.get(name) == 0:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} 0 makes every gradient 0, so nothing would be learned")
     if given["seed"] >= 2**32:
         # Random generators take no larger seeds.
         raise UserError(f"--seed must be below {2**32}, not {given['seed']}")

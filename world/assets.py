@@ -484,10 +484,14 @@ def choose_renderer(render: str, backend: str = "cpu") -> None:
         raise UserError("--render gpu: PyTorch finds no GPU here; use --render cpu")
     if render == "gpu" and not draws_on_gpu():
         raise UserError("--render gpu: VK_ICD_FILENAMES names Mesa's software driver; unset it")
-    if render == "cpu" and backend == "cuda":
+    if render == "cpu" or not has_gpu:
+        choose_software(render)
+    if backend == "cuda" and not draws_on_gpu():
         raise UserError("--backend cuda draws on the GPU: leave out --render cpu")
-    if render == "gpu" or (render == "auto" and has_gpu):
-        return
+
+
+def choose_software(render: str) -> None:
+    """Lets Mesa's software driver draw. render: see `choose_renderer`."""
     # Several drivers may be installed. This is Mesa's, which renders on the CPU.
     drivers = list(Path("/usr/share/vulkan/icd.d").glob(f"{SOFTWARE_DRIVER}*.json"))
     if render == "cpu" and not drivers:
@@ -507,9 +511,7 @@ def draws_on_gpu() -> bool:
 def check_renderer(backend: str) -> None:
     """Raises UserError if SAPIEN cannot render. backend: "cpu" or "cuda", where to simulate."""
     # Without a choice it is the GPU if there is one.
-    choose_renderer("auto")
-    if backend == "cuda" and not draws_on_gpu():
-        raise UserError("--backend cuda draws on the GPU: leave out --render cpu")
+    choose_renderer("auto", backend)
     # SAPIEN would print three lines that say no more than the error below.
     sapien.render.set_log_level("off")
     try:
