@@ -106,10 +106,10 @@ class Args:
     demo_speed: float = 0.7
     """the tool moves at most this share of the expert's largest step along each axis, because
     people are slower than a script; 1 is the expert itself"""
-    demo_noise: float = 0.1
+    demo_noise: float = 0.25
     """deviation of the noise on the executed motion, in shares of the largest step, on a random
     half of the steps; labels stay clean (DART, Laskey 2017)"""
-    demo_slip: float = 0.02
+    demo_slip: float = 0.05
     """chance per step that the expert plays a wrong stage for 3 to 8 steps, for example closes on
     air or drops the object; the label stays the right action"""
     demo_pause: float = 0.0

@@ -4,6 +4,8 @@
 # The variants in LOG.md, of StackCube-v1:
 #   2026-11-29  "--vla tiny --image-shift 0" "--vla tiny --image-shift 4" "--vla tiny --image-shift 10"
 #   2026-11-30  "--vla tiny" "--vla base" "--vla base --learning-rate 3e-4"
+#   2026-11-30  "--demo-noise 0.1 --demo-slip 0.02" "--demo-noise 0.25 --demo-slip 0.05"
+# and of PickCube-v1 the last two. Until then noise 0.1 and slip 0.02 were the defaults.
 # A stopped run goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -37,7 +37,7 @@ def see(obs: dict, info: dict) -> torch.Tensor:
 
 
 def demonstrations(envs, num_demos: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """States (S, D) and labels (S, A) of successful episodes, made as sft.py's."""
+    """States (S, D) and labels (S, A) of successful episodes of a clumsy expert."""
     rng = np.random.default_rng(seed)
     mistakes = {"speed": 0.7, "noise": 0.1, "slip": 0.02, "pause": 0, "twist": 0}
     expert = ClumsyExpert(ScriptedExpert(envs), rng, **mistakes)

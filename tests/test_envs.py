@@ -638,6 +638,19 @@ def test_demonstrations_slower_than_the_task_are_named(tmp_path, capsys):
     assert warning in capsys.readouterr().out
 
 
+def test_the_experts_own_recoveries_are_no_slowness(tmp_path, capsys):
+    path = tmp_path / "demos.h5"
+    write_demos(path, lengths=(50, 51, 60))
+    meta = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**meta, "source_type": "scripted"}))
+    read_demos(path, "PickCube-v1", 9)
+    assert "take longer" not in capsys.readouterr().out
+    write_demos(path, lengths=(51, 52, 60))
+    path.with_suffix(".json").write_text(json.dumps({**meta, "source_type": "scripted"}))
+    read_demos(path, "PickCube-v1", 9)
+    assert "3 of 3 demonstrations" in capsys.readouterr().out
+
+
 # ---- evaluation ----
 @pytest.fixture(scope="module")
 def endless():

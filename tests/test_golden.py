@@ -26,8 +26,9 @@ POLICY = ROOT / "checkpoints/PickCube-v1__sft"
 SCRIPTS = {"sft": sft, "sta_tpo": sta_tpo, "sta_ppo": sta_ppo, "eval": evaluation}
 COMMANDS = {
     "sft": (
-        "--vla tiny --num-demos 3 --demo-speed 0.4 --demo-slip 0.1 --demo-pause 0.1 --demo-twist 3 "
-        "--num-updates 1 --batch-size 16 --num-envs 3 --num-eval-episodes 0"
+        "--vla tiny --num-demos 3 --demo-speed 0.4 --demo-noise 0.1 --demo-slip 0.1 "
+        "--demo-pause 0.1 --demo-twist 3 --num-updates 1 --batch-size 16 --num-envs 3 "
+        "--num-eval-episodes 0"
     ),
     "sta_tpo": (
         f"--checkpoint {POLICY} --num-initial-states 2 --rollouts-per-state 4 --num-envs 3 "
