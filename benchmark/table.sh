@@ -68,8 +68,8 @@ ALL=(PickCube-v1 StackCube-v1 LiftPegUpright-v1 PushCube-v1 PullCube-v1 PlaceSph
   PutSpoonOnTableClothInScene-v1 PutCarrotOnPlateInScene-v1 PutEggplantInBasketScene-v1
   StackGreenCubeOnYellowCubeBakedTexInScene-v1 PegInsertionSide-v1)
 # Twice the default's batch and a smaller rate: on StackCube-v1 success fell at 5e-5 (LOG.md).
-PPO_FLAGS=${PPO_FLAGS---num-envs 16 --learning-rate 3e-5}
-PPO=(sta_ppo.py --total-timesteps "$STEPS" --no-anneal-lr $PPO_FLAGS)
+PPO_FLAGS=${PPO_FLAGS---num-envs 16 --learning-rate 3e-5 --no-anneal-lr}
+PPO=(sta_ppo.py --total-timesteps "$STEPS" $PPO_FLAGS)
 for ENV_ID in "${@:-${ALL[@]}}"; do
   imitate
   for SEED in $SEEDS; do
