@@ -10,7 +10,8 @@
 #
 # SEEDS are training seeds, METHODS some of the methods below, STEPS and PPO_FLAGS the env steps and
 # sta_ppo.py's flags in the deciding table, DEMOS and SFT_FLAGS the demonstrations of an imitation
-# and its other flags.
+# and its other flags. Other settings than the table's own need another NAME: its runs end in it,
+# and it is the budget of its rows.
 # python benchmark/funnel.py runs/*__deciding prints the stages' curves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,9 +33,18 @@ case $TABLE in
     ;;
 esac
 shift
+NAME=${NAME:-$TABLE}
 
 # of METHOD: its run's folder
-of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__$TABLE"; }
+of() { echo "runs/${ENV_ID}__${1,,}__${SEED}__$NAME"; }
+# row METHOD: its name in docs/tables.md, where -sum is the summed cost and STA-PPO is shaping
+row() {
+  case $1 in
+    TPO | STA-TPO | IPI) echo "$1-sum" ;;
+    STA-PPO-shaping) echo STA-PPO ;;
+    *) echo "$1" ;;
+  esac
+}
 # train METHOD SCRIPT ARGS...: a run and its evaluation
 train() {
   local run
@@ -44,7 +54,7 @@ train() {
   "$PYTHON" "$2" --env-id "$ENV_ID" --seed "$SEED" --output-dir "$run" --resume \
     --num-eval-episodes 0 "${@:3}"
   # SimplerEnv's grids are played once, whatever the number.
-  "$PYTHON" eval.py --checkpoint "$run" --method "$1@$TABLE" --num-eval-episodes 200 \
+  "$PYTHON" eval.py --checkpoint "$run" --method "$(row "$1")@$NAME" --num-eval-episodes 200 \
     --capture-video
 }
 # imitate: sets SFT to the one imitation that all seeds begin with
@@ -67,7 +77,7 @@ from pathlib import Path; from paper_table import env_steps; print(env_steps(Pat
 ALL=(PickCube-v1 StackCube-v1 LiftPegUpright-v1 PushCube-v1 PullCube-v1 PlaceSphere-v1
   PutSpoonOnTableClothInScene-v1 PutCarrotOnPlateInScene-v1 PutEggplantInBasketScene-v1
   StackGreenCubeOnYellowCubeBakedTexInScene-v1 PegInsertionSide-v1)
-# Twice the default's batch and a smaller rate: on StackCube-v1 success fell at 5e-5 (LOG.md).
+# Twice the default's batch and a smaller, constant rate: on StackCube-v1 success fell at 5e-5 (LOG.md).
 PPO_FLAGS=${PPO_FLAGS---num-envs 16 --learning-rate 3e-5 --no-anneal-lr}
 PPO=(sta_ppo.py --total-timesteps "$STEPS" $PPO_FLAGS)
 for ENV_ID in "${@:-${ALL[@]}}"; do

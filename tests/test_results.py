@@ -1,6 +1,7 @@
 """The pages say what the rows in docs/*.jsonl say, and the figures follow from rows by hand."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -311,6 +312,35 @@ def test_which_runs_a_budget_takes_from_its_imitations(states, shared):
     run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     budgets = dict(zip(methods, run.stdout.split(), strict=True))
     assert {method for method in methods if budgets[method] == "paper"} == shared
+
+
+@pytest.mark.parametrize(
+    ("table", "methods", "names"),
+    [
+        ("flagship", "STA-TPO IPI PPO", ["SFT", "STA-TPO-sum", "IPI-sum", "PPO"]),
+        (
+            "deciding",
+            "TPO STA-PPO-shaping STA-PPO-gain",
+            ["SFT", "TPO-sum", "STA-PPO", "STA-PPO-gain"],
+        ),
+    ],
+)
+def test_the_driver_names_its_rows_as_the_tables_do(tmp_path, table, methods, names):
+    """-sum is the summed cost, STA-PPO is `shaping`, and NAME the budget and the folders' end."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    run = subprocess.run(
+        [ROOT / "benchmark/table.sh", table, "PickCube-v1"],
+        env={**os.environ, "PYTHON": str(python), "NAME": "own", "METHODS": methods, "SEEDS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.findall(r"--method (\S+)", run.stdout) == [f"{name}@own" for name in names]
+    assert set(names) <= set(paper_table.METHODS)
+    folders = re.findall(r"--output-dir (\S+)", run.stdout)
+    assert folders and all(folder.endswith("__1__own") for folder in folders)
 
 
 # ---- mechanism.py ----
